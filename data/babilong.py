@@ -1,0 +1,249 @@
+"""
+BABILong (Kuratov et al. 2024, arXiv 2406.10149): the facts of a story, in order and unbroken, scattered through
+background text of any length, and the question at the end.
+
+Words are tokens. The words of the bAbI tasks have ids of their own; every other word falls, by its crc32, into one of
+a fixed number of buckets. So there is no vocabulary to build, and any text can be read. Capitals do not matter.
+Lengths count the words of facts and background, not the marks . ? ! and not the question.
+"""
+import random
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from . import Batch, Question, babi, fill, generator
+
+MARKS = [".", "?", "!"]
+PROSE = "prose"                     # the name of the built-in background
+
+
+class Words:
+    """Text <-> ids: 0 is the blank, then the marks, then `words`, then `buckets` ids shared by all other words."""
+
+    def __init__(self, words=babi.WORDS, buckets=1024):
+        self.words, self.buckets = list(words), buckets
+        self.names = [" ", *MARKS, *self.words]
+        self.ids = {name.lower(): i for i, name in enumerate(self.names)}
+        self.size = len(self.names) + buckets
+
+    def split(self, text):
+        return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*|[.?!]", text)
+
+    def id(self, word):
+        word = word.lower()
+        known = self.ids.get(word)
+        return len(self.names) + zlib.crc32(word.encode()) % self.buckets if known is None else known
+
+    def encode(self, text):
+        return [self.id(word) for word in self.split(text)]
+
+    def unknown(self, text):
+        """The words of the text that are in no bAbI task, each once: a trained model has no meaning for them."""
+        return list(dict.fromkeys(word for word in self.split(text) if word.lower() not in self.ids))
+
+    def name(self, i):
+        """What the model means by id i; all words of a bucket look alike."""
+        return self.names[i] if i < len(self.names) else "(another word)"
+
+    @staticmethod
+    def count(ids):
+        """How many of the ids are words, neither blank nor mark."""
+        return int((np.asarray(ids) > len(MARKS)).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Background text
+# ---------------------------------------------------------------------------------------------------------------------
+
+GRAMMAR = {
+    "S": ["NP VP and NP VP .", "NP VP because NP VP .", "when NP VP , NP VP .", "ADV , NP VP with NP .",
+          "NP who VP had never VP , and NP VP .", "the N NEVER VP ADV , said NP to NP .", "it was TIME when NP VP near NP .",
+          "NP VP , but nobody asked NP why the N had VP .", "where had NP gone before NP VP ADV ?"],
+    "NP": ["the N", "the A N", "a A N", "the N of the N", "an old N", "his A N", "her N", "NAME", "their N and the N"],
+    "VP": ["V NP", "V the N ADV", "V NP in the N", "V to the N", "V the A N for NP", "V past the N near NP"],
+    "N": """captain letter sister sea window doctor horse street candle story river winter question lamp stranger bridge
+        village carriage teacher ship clock mountain room door table evening road dog fire garden kitchen office island
+        whale hat merchant piano soldier farmer mirror forest voice""".split(),
+    "A": """quiet dark heavy famous narrow silver cold broken pleasant curious yellow tired foolish distant proud strange
+        gentle wooden empty sudden white green""".split(),
+    "V": """watched followed remembered sold painted crossed answered carried found opened forgot praised feared noticed
+        visited brought left took went moved walked wrote turned""".split(),
+    "ADV": ["slowly", "again", "at once", "with great care", "in silence", "without a word", "for many years", "upstairs"],
+    "TIME": ["late", "early in spring", "nearly midnight", "a bright day", "the hour"],
+    "NEVER": ["must", "should", "will", "may not", "could"],
+    "NAME": "Arthur Helen Thomas Clara Edward Ruth Oliver Alice Henry Mary John the-captain Mrs-Bennet".split(),
+}
+
+
+def prose(n_sentences, seed):
+    """Made-up background sentences, so that everything runs without a file: the same for the same seed, anywhere."""
+    choose = random.Random(seed).choice
+
+    def grow(symbol):
+        return " ".join(map(grow, choose(GRAMMAR[symbol]).split())) if symbol in GRAMMAR else symbol
+
+    return " ".join(grow("S") for _ in range(n_sentences))
+
+
+class Background:
+    """
+    Sentences to hide facts in: those of at least `shortest` tokens of the given UTF-8 files, in their natural order.
+    `part` says which of them: 'train' is the first 90% of each text, 'val' the rest, 'test' all of it; for the
+    built-in prose these are three different texts. Errors (a missing, empty or non-text file) name the file.
+    """
+
+    def __init__(self, files=(PROSE,), part="train", words=None, shortest=10):
+        words = words or Words()
+        texts = []                                                                  # lists of sentences
+        for file in files:
+            sentences = split_sentences(words, read_text(file, part))
+            if str(file) != PROSE:
+                cut = len(sentences) * 9 // 10
+                sentences = dict(train=sentences[:cut], val=sentences[cut:], test=sentences)[part]
+            texts.append([s for s in sentences if len(s) >= shortest])
+            if not texts[-1]:
+                raise ValueError(f"{file} has no sentence of {shortest} or more words")
+        flat = [s for text in texts for s in text]
+        self.ids = np.concatenate(flat).astype(np.int64)
+        self.begin = np.cumsum([0] + [len(s) for s in flat])                        # where sentence i begins, in tokens
+        self.text_end = np.cumsum([len(text) for text in texts])                    # sentences up to the end of text i
+        self.n_words = np.concatenate(([0], np.cumsum(self.ids > len(MARKS))))      # words before token t
+
+    def runs(self, rng, n_words):
+        """
+        Exactly n_words words of text as (first, last, stop): whole sentences first..last-1, of which the last is cut
+        at token `stop`. A run starts at a random sentence; when its text ends, the next one starts at random again.
+        """
+        while n_words > 0:
+            first = int(rng.integers(len(self.begin) - 1))
+            last = int(self.text_end[np.searchsorted(self.text_end, first, side="right")])
+            start, stop = self.begin[first], self.begin[last]
+            if self.n_words[stop] - self.n_words[start] > n_words:
+                stop = np.searchsorted(self.n_words, self.n_words[start] + n_words)
+                last = int(np.searchsorted(self.begin, stop))
+            n_words -= int(self.n_words[stop] - self.n_words[start])
+            yield first, last, int(stop)
+
+
+def read_text(file, part="train"):
+    """The text of a file, or of the built-in prose. Errors are ValueErrors that name the file."""
+    if str(file) == PROSE:
+        return prose(dict(train=20000, val=4000, test=20000)[part], seed=part)
+    try:
+        text = Path(file).read_bytes().decode("utf-8")
+    except OSError as e:
+        raise ValueError(f"cannot read {file}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is not UTF-8 text (byte {e.start})") from None
+    if not text.strip():
+        raise ValueError(f"{file} is empty")
+    return text
+
+
+def split_sentences(words, text):
+    """Text -> list of lists of ids, each ending with its mark."""
+    sentences, sentence = [], []
+    for i in words.encode(text):
+        sentence.append(i)
+        if i <= len(MARKS):
+            sentences.append(sentence)
+            sentence = []
+    return sentences + [sentence] if sentence else sentences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Composing a sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+def compose(rng, facts, length, background, band=(0.0, 1.0)):
+    """
+    Scatter `facts` (lists of ids) through background text, `length` words in all (0: the facts alone), as in BABILong:
+    a slot before each sentence and one at the end, one slot drawn for each fact, uniformly, and sorted. `band` keeps
+    the facts within a part of the text. Returns the context as a list of arrays to be read one after another; they are
+    views of the background, so any length needs no more memory than a book. ValueError when the facts alone are longer.
+    """
+    own = sum(Words.count(fact) for fact in facts)
+    if 0 < length < own:
+        raise ValueError(f"length: {length} words are too few for facts of {own} words")
+    runs = list(background.runs(rng, length - own)) if length else []
+    n_slots = sum(last - first for first, last, _ in runs) + 1
+    low = min(int(band[0] * n_slots), n_slots - 1)
+    slots = np.sort(rng.integers(low, max(int(np.ceil(band[1] * n_slots)), low + 1), size=len(facts)))
+    pieces, told, seen = [], 0, 0                                           # facts told, sentences of earlier runs
+    for first, last, stop in runs:
+        at = background.begin[first]
+        while told < len(facts) and slots[told] < seen + last - first:
+            here = background.begin[first + slots[told] - seen]
+            if here > at:
+                pieces.append(background.ids[at:here])
+            pieces.append(np.asarray(facts[told]))
+            at, told = here, told + 1
+        pieces.append(background.ids[at:stop])
+        seen += last - first
+    return pieces + [np.asarray(fact) for fact in facts[told:]]
+
+
+class QA1:
+    """
+    The task as train.py and sample.py use it: qa1 in background text. A stage is (most facts, most words); the length
+    of an evaluation is its words.
+    """
+    unit = "words"
+
+    def __init__(self, words, files=(PROSE,)):
+        self.words, self.files = words, files
+        self.vocab_size = words.size
+        self.background = {}                                                # (files, part) -> Background, once needed
+        self.facts = [[[words.encode(babi.qa1_fact(a, p, m)) for m in range(len(babi.MOVES))]
+                       for p in range(len(babi.PLACES))] for a in range(len(babi.ACTORS))]
+        self.asked = np.array([words.encode(f"Where is {a}?") for a in babi.ACTORS])                    # (4, 4)
+        self.places = np.array([words.id(p) for p in babi.PLACES])
+
+    def text(self, files, part):
+        key = (tuple(files), part)
+        if key not in self.background:
+            self.background[key] = Background(files, part, self.words)
+        return self.background[key]
+
+    def batch(self, rng, size, stage, going_on=False):
+        """
+        `size` stories of equal length and number of facts -> Batch that asks for everybody, in the order of ACTORS.
+        Stories that go on from an earlier batch tell nothing new half of the time: the old has to be kept.
+        """
+        most_facts, most_words = stage
+        n_facts = int(rng.integers(min(2, most_facts), most_facts + 1)) * int(not going_on or rng.random() < 0.5)
+        length = int(rng.integers(most_words + 1))
+        actor, place, move = babi.qa1_facts(rng, size, n_facts)
+        rows = []
+        for a, p, m in zip(actor.tolist(), place.tolist(), move.tolist()):
+            facts = [self.facts[i][j][k] for i, j, k in zip(a, p, m)]
+            own = sum(map(Words.count, facts)) if length else 0
+            rows.append(np.concatenate(compose(rng, facts, max(length, own), self.text(self.files, "train"))))
+        at = babi.last_places(actor, place)                                                             # (B, 4)
+        asked = np.broadcast_to(self.asked, (size, *self.asked.shape))                                  # (B, 4, 4)
+        return Batch(fill(rows), asked, np.where(at >= 0, self.places[at], -1))
+
+    def questions(self, length, n, babi_dir="", files=None):
+        """
+        Up to n questions in `length` words, and how many stories were left out because they are longer than that.
+        With `babi_dir` the published test questions, else simulated ones; in the passages held back from training, or
+        in `files`, whole, where these are other files. The same questions and places for every model.
+        """
+        files = files or self.files
+        if babi_dir:
+            stories = babi.read_stories(babi.find_file(babi_dir, "qa1"))
+        else:
+            stories = babi.qa1_stories(generator(0, "val"), -(-n // 5))
+        part = "val" if set(map(str, files)) & set(map(str, self.files)) else "test"
+        out, samples = [], babi.samples(stories)[:n]
+        for i, sample in enumerate(samples):
+            facts = [self.words.encode(fact) for fact in sample.facts]
+            if not 0 < length < sum(map(Words.count, facts)):
+                context = compose(generator(0, "test", length, i), facts, length, self.text(files, part))
+                out.append(Question(context, self.words.encode(sample.question), self.words.id(sample.answer)))
+        return out, len(samples) - len(out)
+
+    def show(self, ids):
+        return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)

@@ -1,0 +1,246 @@
+"""
+Use a trained memory: tell it facts, let it read a book, ask.
+
+    python sample.py --facts "Mary went to the kitchen. John moved to the garden." --read book.txt --ask "Where is Mary?"
+    python sample.py                                        a small conversation at the prompt
+    python sample.py --read book.txt --quiz 100             100 times: two or three facts, the book, a question
+    python sample.py --read book.txt --save_state book.pt   read once ...
+    python sample.py --load_state book.pt --ask "..."       ... ask tomorrow
+    python sample.py --out_dir out/remember-armt-seed0      recall: pairs, a question, the answer and the truth
+    python sample.py --out_dir out/text-armt-seed0 --prompt "The "    text: go on writing
+
+Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is kept in one
+state of fixed size; a question is answered from that state alone and leaves it as it was.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from armt import check_state, state_floats
+from data import Question, babi, babilong, generator
+from train import Parser, answer, load, make_task, pick_device, write_atomically
+
+PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "qa1"
+HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
+ask      a sentence with a question mark: Where is Mary?
+read     read FILE
+forget   start again with an empty memory
+quit     or Ctrl-D"""
+
+
+class Reader:
+    """A model and what it has read: the state after all full segments, and the tail that waits for its segment."""
+
+    def __init__(self, model, words, device):
+        self.model, self.words, self.device = model.eval(), words, device
+        weights = b"".join(p.detach().cpu().float().numpy().tobytes() for p in model.parameters())
+        self.fingerprint = hashlib.sha256(weights).hexdigest()
+        self.forget()
+
+    def forget(self):
+        self.state, self.words_read = self.model.init_state(1), 0
+        self.tail = torch.zeros(1, 0, dtype=torch.long, device=self.device)
+
+    def ids(self, text):
+        return torch.tensor([self.words.encode(text)], dtype=torch.long, device=self.device)            # (1, n)
+
+    def warn(self, text):
+        for word in self.words.unknown(text):
+            print(f"note: the task does not know the word '{word}'; it is read like any word of a book", file=sys.stderr)
+
+    def tell(self, text):
+        """Read a piece of text. It may stop anywhere between two words: telling in two calls equals telling in one."""
+        idx = self.ids(text)
+        self.state, self.tail = self.model.read(idx, self.state, self.tail)
+        self.words_read += self.words.count(idx.cpu())
+
+    def read(self, file):
+        """Read a UTF-8 file of any size, piece by piece, with a progress bar. If it fails, nothing was read."""
+        before = self.state, self.tail, self.words_read
+        size = os.path.getsize(file)
+        if size == 0:
+            raise ValueError(f"--read: {file} is empty")
+        try:
+            with open(file, encoding="utf-8") as f, tqdm(total=size, desc=Path(file).name, unit="B", unit_scale=True,
+                                                         leave=False) as bar:
+                rest = ""
+                while block := f.read(1 << 16):
+                    text = rest + block
+                    cut = max(text.rfind(" "), text.rfind("\n")) + 1 or len(text)         # not inside a word
+                    self.tell(text[:cut])
+                    rest = text[cut:]
+                    bar.update(f.buffer.tell() - bar.n)
+                self.tell(rest)
+        except BaseException as e:
+            self.state, self.tail, self.words_read = before
+            if isinstance(e, UnicodeDecodeError):
+                raise ValueError(f"--read: {file} is not UTF-8 text") from None
+            raise
+
+    @torch.no_grad()
+    def ask(self, question):
+        """Probabilities of all words as the answer, (V,). What was read stays as it was."""
+        idx = self.ids(question)
+        if idx.size(1) == 0:
+            raise ValueError("--ask: the question has no words")
+        state = self.state
+        if self.tail.size(1):
+            _, _, state = self.model(self.tail, state=state)                     # the tail as a short segment, for now
+        return self.model(idx, state=state)[0][0, -1].softmax(-1)
+
+    def save(self, file):
+        memory = dict(fingerprint=self.fingerprint, state=self.state, tail=self.tail, words_read=self.words_read)
+        write_atomically(Path(file), lambda p: torch.save(memory, p))
+
+    def load(self, file):
+        try:
+            memory = torch.load(file, map_location=self.device, weights_only=True)
+            fingerprint, state, tail, words_read = (memory[k] for k in ("fingerprint", "state", "tail", "words_read"))
+        except FileNotFoundError:
+            raise ValueError(f"--load_state: there is no file {file}") from None
+        except Exception:                                              # a broken file can raise nearly anything
+            raise ValueError(f"--load_state: {file} is not a memory saved by --save_state") from None
+        if fingerprint != self.fingerprint:
+            raise ValueError(f"--load_state: the memory in {file} was made by another model")
+        check_state(state, self.state)
+        self.state, self.tail, self.words_read = state, tail, words_read
+
+
+def reply(reader, question, as_json):
+    """Ask and print."""
+    began = time.time()
+    reader.warn(question)
+    probability, best = reader.ask(question).topk(4)
+    names = [reader.words.name(i) for i in best.tolist()]
+    others = dict(zip(names[1:], (round(p, 4) for p in probability[1:].tolist())))
+    if as_json:
+        print(json.dumps(dict(question=question, answer=names[0], probability=round(probability[0].item(), 4),
+                              alternatives=others, words_read=reader.words_read,
+                              state_floats=state_floats(reader.state), seconds=round(time.time() - began, 4))))
+    else:
+        print(f"{question}  {names[0]}  ({probability[0].item():.1%}; "
+              f"{', '.join(f'{name} {p:.1%}' for name, p in others.items())})")
+
+
+def converse(reader):
+    print(f"A memory of {state_floats(reader.state):,} numbers listens.\n{HELP}")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        try:
+            if line in ("quit", "exit"):
+                return
+            elif line == "forget":
+                reader.forget()
+            elif line.startswith("read "):
+                began, before = time.time(), reader.words_read
+                reader.read(line[5:].strip())
+                print(f"read {reader.words_read - before:,} words in {time.time() - began:.1f} s")
+            elif line.endswith("?"):
+                reply(reader, line, as_json=False)
+            elif line.endswith("."):
+                reader.warn(line)
+                reader.tell(line)
+            elif line:
+                print(HELP)
+        except (ValueError, OSError) as e:
+            print(e)
+
+
+def quiz(reader, task, files, n):
+    """n rows side by side: each is told two or three facts of its own, then all read the files, then each is asked."""
+    text = [np.array(task.words.encode(babilong.read_text(file)), dtype=np.int32) for file in files]
+    rng = generator(0, "test", n)
+    questions = []
+    for actor, place, move in zip(*babi.qa1_facts(rng, n, 3)):
+        told = rng.integers(2, 4)
+        facts = task.words.encode(" ".join(map(babi.qa1_fact, actor[:told], place[:told], move[:told])))
+        who = rng.choice(actor[:told])
+        at = babi.last_places(actor[None, :told], place[None, :told])[0, who]
+        questions.append(Question([np.array(facts), *text], task.words.encode(f"Where is {babi.ACTORS[who]}?"),
+                                  task.words.id(babi.PLACES[at])))
+    with tqdm(total=sum(len(p) for q in questions for p in q.context), desc="reading", unit="tok", unit_scale=True) as bar:
+        said = answer(reader.model, questions, reader.device, bar)
+    right = sum(a == q.answer for a, q in zip(said, questions))
+    print(f"{right} of {n} right after {sum(map(task.words.count, text)):,} words")
+
+
+def show_recall(model, task, config, device, n):
+    """Pairs, question, answer and truth of n fresh samples."""
+    pairs = max(int(p) for p in config.stages.split(","))
+    questions, _ = task.questions(pairs, n)
+    for q, said in zip(questions, answer(model.eval(), questions, device)):
+        print(f"{task.show(q.context[0])}  {task.show(q.question)} -> {task.show([said])}  "
+              f"({'right' if said == q.answer else f'wrong, it is {task.show([q.answer])}'})")
+
+
+def write_text(model, task, args, device):
+    prompt = args.prompt.encode("utf-8") or b"\n"
+    torch.manual_seed(args.seed)
+    idx = torch.tensor([list(prompt)], device=device)
+    print(task.show(model.eval().generate(idx, args.tokens, temperature=args.temperature, top_k=args.top_k)[0].tolist()))
+
+
+def make_parser():
+    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use; left out, the one that is shipped")
+    parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.add_argument("--facts", default="", help="qa1: sentences to tell")
+    parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa1: UTF-8 files to read")
+    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa1: questions; left out, a conversation")
+    parser.add_argument("--quiz", type=int, metavar="N", help="qa1: N times two or three facts, the files, one question")
+    parser.add_argument("--json", action="store_true", help="qa1: answers as JSON, one object a line")
+    parser.add_argument("--save_state", metavar="FILE", help="qa1: keep the memory in a file")
+    parser.add_argument("--load_state", metavar="FILE", help="qa1: begin with a memory from a file")
+    parser.add_argument("--samples", type=int, default=5, help="recall: how many samples to show (5)")
+    parser.add_argument("--prompt", default="", help="text: what to go on from")
+    parser.add_argument("--tokens", type=int, default=300, help="text: how many bytes to write (300)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="text: 0 takes the likeliest byte (0.8)")
+    parser.add_argument("--top_k", type=int, help="text: draw among the k likeliest bytes")
+    parser.add_argument("--seed", type=int, default=0, help="text: seed of the dice (0)")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    try:
+        device, _ = pick_device(args.device)
+        config, model, _ = load(args.out_dir, device)
+        task = make_task(config)
+        if config.task in ("remember", "rewrite"):
+            return show_recall(model, task, config, device, args.samples)
+        if config.task == "text":
+            return write_text(model, task, args, device)
+        reader = Reader(model, task.words, device)
+        if args.load_state:
+            reader.load(args.load_state)
+        if args.facts:
+            reader.warn(args.facts)
+            reader.tell(args.facts)
+        if args.quiz:
+            return quiz(reader, task, args.read, args.quiz)
+        for file in args.read:
+            reader.read(file)
+        if args.save_state:
+            reader.save(args.save_state)
+        for question in args.ask:
+            reply(reader, question, args.json)
+        if not args.ask and not args.save_state:
+            converse(reader)
+    except (ValueError, OSError) as e:
+        sys.exit(f"sample.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
