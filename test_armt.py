@@ -1,0 +1,1092 @@
+"""
+The proofs: what this repository claims, shown on models and texts so small that all of it runs in seconds on a CPU.
+
+A name is the sentence that its test proves. A test that takes `memory` runs for all of MEMORIES (a new one joins by
+itself) and for `mine`, a memory written below as a reader would write one; with `ablate`, for armt's ablation words,
+too. Where a paper or a plain GPT can be written down once more, slowly and without looking at armt.py, the two are
+compared in float64.
+
+    pytest                      everything
+    pytest -k future            the tests with this word in their name
+"""
+import inspect
+import itertools
+import math
+import os
+import subprocess
+import sys
+import tracemalloc
+import weakref
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import armt
+from armt import GPT, GPTConfig, MEMORIES
+from data import SPLITS, babi, babilong, chunks, fill, generator, recall, text
+
+torch.set_num_threads(1)         # nothing here is large enough to be worth a second thread
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The model: tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+V, T, C, L = 20, 4, 16, 2                                    # words, segment, width, layers of the models below
+WORDS = ["no_gamma", "no_delta", "elu", "unit", "no_denom"]                            # what armt can leave out
+
+
+class MineBlock(armt.Block):
+    """A memory of one's own: a running mean of what the block said, which every token of the next segment is given."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rate = nn.Parameter(torch.zeros(config.n_embd))                                             # (C,)
+
+    def init_state(self, batch_size):
+        return self.rate.new_zeros(batch_size, 1, len(self.rate))                                        # (B, 1, C)
+
+    def forward(self, x, mean):
+        x, _ = super().forward(x + mean)                                                                 # (B, T, C)
+        keep = torch.sigmoid(self.rate)                                                     # learned, for each feature
+        return x, keep * mean + (1 - keep) * x.mean(1, keepdim=True)                                     # (B, 1, C)
+
+
+class Mine(armt.Layered):
+    def __init__(self, config):
+        armt.ablation_words(config, known=[])
+        super().__init__(config, MineBlock)
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """Registers `mine` for one test; nobody else shall find it in MEMORIES."""
+    monkeypatch.setitem(MEMORIES, "mine", Mine)
+
+
+def every_memory(test):
+    return pytest.mark.usefixtures("mine")(pytest.mark.parametrize("memory", [*MEMORIES, "mine"])(test))
+
+
+def every_variant(test):
+    cases = [(m, "nothing") for m in [*MEMORIES, "mine"]] + [("armt", w) for w in [*WORDS, "unit+no_denom"]]
+    return pytest.mark.usefixtures("mine")(pytest.mark.parametrize("memory, ablate", cases)(test))
+
+
+def tiny(memory, ablate="nothing", **other):
+    """A seeded model of 2 layers, in which no weight sits at a 0 or a 1 where it could not be missed."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=V, segment_len=T, n_layer=L, n_head=2, n_embd=C, n_mem=2, d_mem=3)
+    model = GPT(GPTConfig(memory=memory, ablate=ablate, **sizes | other))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def some_text(n, rows=2, seed=1):
+    return torch.randint(V, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def all_logits(model, idx, state=None):
+    """The logits of every position: each has a target."""
+    return model(idx, targets=idx, state=state)[0]
+
+
+def assert_close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_same(a, b):
+    """Bit for bit: tensors, or states."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The model: what holds for every memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+@every_variant
+def test_the_future_is_invisible(memory, ablate):
+    model, idx = tiny(memory, ablate), some_text(15)                       # three full segments and a short one
+    before = all_logits(model, idx)
+    for edit in (1, 3, 4, 6, 12):
+        other = idx.clone()
+        other[:, edit] = (other[:, edit] + 1) % V
+        after = all_logits(model, other)
+        assert torch.equal(after[:, :edit], before[:, :edit]), f"token {edit} was seen before it was read"
+        assert not torch.equal(after[:, edit], before[:, edit])
+        for start in range(edit // T * T + T, 15, T):                      # the segments that follow
+            segment = slice(start, start + T)
+            assert torch.equal(after[:, segment], before[:, segment]) == (memory == "none")
+
+
+@every_variant
+def test_the_state_is_the_whole_past(memory, ablate, tmp_path):
+    model, idx = tiny(memory, ablate), some_text(12)
+    whole, _, end = model(idx, idx)
+    first, _, state = model(idx[:, :8], idx[:, :8])
+    torch.save(state, tmp_path / "state.pt")
+    for state in (state, torch.load(tmp_path / "state.pt", weights_only=True)):
+        rest, _, state = model(idx[:, 8:], idx[:, 8:], state)
+        assert_close(torch.cat((first, rest), dim=1), whole)
+        assert_close(state, end)
+
+
+@every_variant
+def test_two_questions_from_one_state_are_two_separate_reads(memory, ablate):
+    model, book = tiny(memory, ablate), some_text(8)
+    for gradient in (True, False):                                         # in-place work is tempting without gradient
+        with torch.set_grad_enabled(gradient):
+            empty = model.init_state(2)
+            state = model(book, state=empty)[2]
+            untouched = armt.state_map(torch.clone, state)
+            for question in (some_text(3, seed=2), some_text(6, seed=3)):
+                answer = all_logits(model, question, state)
+                assert_close(answer, all_logits(model, torch.cat((book, question), dim=1))[:, 8:])
+                model.generate(question, 5, state)
+                assert_same(state, untouched)
+            assert_same(empty, model.init_state(2))
+
+
+@every_variant
+def test_no_module_keeps_anything_for_itself(memory, ablate):
+    model, idx = tiny(memory, ablate), some_text(10)
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    before = model(idx, idx)
+    model(some_text(9, rows=3, seed=2)), model.generate(some_text(5, seed=3), 4)
+    assert_same(model(idx, idx), before)
+    assert_same(dict(model.state_dict()), weights)
+
+
+@every_variant
+def test_the_gradient_of_the_last_segment_reaches_the_first(memory, ablate):
+    model, idx = tiny(memory, ablate), some_text(11) % (V - 1)
+    idx[:, 1] = V - 1                                                      # this word occurs in the first segment alone
+    targets = idx.clone()
+    targets[:, :8] = -1
+    _, in_one_call, _ = model(idx, targets)
+    _, in_two_calls, _ = model(idx[:, 4:], targets[:, 4:], model(idx[:, :4])[2])
+    for loss in (in_one_call, in_two_calls):
+        (gradient,) = torch.autograd.grad(loss, model.wte.weight)
+        assert gradient.abs().sum() > 0
+        reached = gradient[V - 1].abs().max()
+        assert reached == 0 if memory == "none" else reached > 1e-9
+
+
+@every_variant
+def test_every_parameter_has_something_to_learn(memory, ablate):
+    model, idx = tiny(memory, ablate), some_text(12)
+    model(idx, idx)[1].backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
+    assert not idle
+
+
+@every_memory
+def test_what_was_read_long_ago_can_be_learned(memory):
+    model = tiny(memory)
+    idx = torch.zeros(4, 3 * T, dtype=torch.long)
+    idx[:, 1] = torch.arange(1, 5)                           # four books that differ in one word of the first segment
+    targets = torch.full_like(idx, -1)
+    targets[:, -1] = idx[:, 1]                               # which was it? asked at the end of the third
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    for _ in range(60 if memory == "none" else 400):
+        _, loss, _ = model(idx, targets)
+        if loss < 0.3:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss >= math.log(4) - 1e-4 if memory == "none" else loss < 0.3         # one of four: all that none can say
+
+
+@every_variant
+def test_rows_of_a_batch_do_not_mix(memory, ablate):
+    model, idx = tiny(memory, ablate), some_text(10)
+    other = idx.clone()
+    other[1] = (other[1] + 1 + some_text(10, rows=1, seed=2)[0] % (V - 1)) % V          # every word of row 1 is another
+    logits, _, state = model(idx, idx)
+    changed, _, changed_state = model(other, other)
+    assert torch.equal(changed[0], logits[0]) and not torch.equal(changed[1], logits[1])
+    assert_same(armt.state_map(lambda s: s[0], changed_state), armt.state_map(lambda s: s[0], state))
+    for row in (0, 1):
+        alone, _, alone_state = model(idx[row:row + 1], idx[row:row + 1])
+        assert_close(alone[0], logits[row])
+        assert_close(alone_state, armt.state_map(lambda s: s[row:row + 1], state))
+
+
+@every_variant
+def test_logits_are_those_of_the_supervised_columns_and_minus_one_is_ignored(memory, ablate):
+    model, idx, columns = tiny(memory, ablate), some_text(14), [1, 2, 9, 11, 13]        # the second segment has none
+    targets = torch.full_like(idx, -1)
+    targets[:, columns] = some_text(5, seed=2)
+    targets[0, 9] = targets[1, 2] = -1                                     # these columns have a target in one row only
+    everything = all_logits(model, idx)
+    logits, loss, _ = model(idx, targets)
+    assert_close(logits, everything[:, columns])
+    said = [-everything[row, c].log_softmax(-1)[targets[row, c]]
+            for row in (0, 1) for c in columns if targets[row, c] >= 0]
+    assert len(said) == 8
+    assert_close(loss, torch.stack(said).mean())
+
+    logits, loss, _ = model(idx, torch.full_like(idx, -1))
+    assert logits.shape == (2, 0, V) and loss == 0
+    logits, loss, _ = model(idx)
+    assert logits.shape == (2, 1, V) and loss is None
+    assert_close(logits, everything[:, -1:])
+
+
+@every_variant
+def test_dropout_acts_in_training_alone(memory, ablate):
+    model, idx = tiny(memory, ablate, dropout=0.5), some_text(6)
+    assert not torch.equal(all_logits(model, idx), all_logits(model, idx))
+    model.eval()
+    assert torch.equal(all_logits(model, idx), all_logits(model, idx))
+    assert_close(all_logits(model, idx), all_logits(tiny(memory, ablate), idx))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The model: against a plain GPT, and against the papers, written once more and slowly
+# ---------------------------------------------------------------------------------------------------------------------
+
+def norm(p, name, x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+
+
+def turn(x):
+    """Rotary positions as they are in books: features i and i + d/2 are one complex number, and it is turned."""
+    n, d = x.shape
+    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(d // 2) / (d // 2)).double()               # (n, d/2)
+    z = torch.complex(x[:, :d // 2], x[:, d // 2:]) * torch.exp(1j * angle)
+    return torch.cat((z.real, z.imag), dim=1)
+
+
+def plain_block(p, name, x, n_head):
+    """One block over one row x (n, C): every token looks at itself and back."""
+    n = len(x)
+    future = torch.ones(n, n).triu(1).bool()
+    qkv = norm(p, name + ".ln_1", x) @ p[name + ".attn.c_attn.weight"].T
+    heads = []
+    for q, k, v in zip(*(part.chunk(n_head, dim=1) for part in qkv.chunk(3, dim=1))):
+        weight = torch.exp(turn(q) @ turn(k).T / math.sqrt(q.size(1))).masked_fill(future, 0)            # (n, n)
+        heads.append(weight / weight.sum(1, keepdim=True) @ v)
+    x = x + torch.cat(heads, dim=1) @ p[name + ".attn.c_proj.weight"].T
+    h = norm(p, name + ".ln_2", x) @ p[name + ".mlp.c_fc.weight"].T
+    return x + (h * (1 + torch.erf(h / math.sqrt(2))) / 2) @ p[name + ".mlp.c_proj.weight"].T
+
+
+def plain_gpt(p, x, n_head=2):
+    """Embeddings x (n, C) -> (n, C) after the final LayerNorm."""
+    for layer in range(L):
+        x = plain_block(p, f"memory.blocks.{layer}", x, n_head)
+    return norm(p, "memory.ln_f", x)
+
+
+@pytest.mark.parametrize("memory, span", [("none", T), ("full", 15)])
+def test_none_and_full_are_a_plain_gpt(memory, span):
+    """none reads each segment as if it were alone, full reads all as one."""
+    model, idx = tiny(memory).double(), some_text(15)
+    p = model.state_dict()
+    for row, logits in zip(idx, all_logits(model, idx)):
+        by_hand = [plain_gpt(p, p["wte.weight"][part]) @ p["lm_head.weight"].T for part in row.split(span)]
+        assert_close(logits, torch.cat(by_hand), 1e-10)
+
+
+def test_the_state_of_rmt_is_its_write_tokens_after_the_final_layernorm():
+    model, idx = tiny("rmt", n_mem=3).double(), some_text(11)
+    p = model.state_dict()
+    logits, _, state = model(idx, idx)
+    for row in (0, 1):
+        mem, by_hand = p["memory.mem"], []
+        for part in idx[row].split(T):
+            out = plain_gpt(p, torch.cat((mem, p["wte.weight"][part], mem)))                     # [read; h; write]
+            mem = out[-3:]
+            by_hand.append(out[3:-3] @ p["lm_head.weight"].T)
+        assert_close(logits[row], torch.cat(by_hand), 1e-10)
+        assert_close(state[row], mem, 1e-10)
+
+
+def phi(x, words, nu):
+    """DPFP-nu one number at a time: x is a list of numbers (tensors without axes), and so is the result."""
+    if "elu" in words:
+        f = [n + 1 if n > 0 else torch.exp(n) for n in x]
+    else:
+        r = [n.clamp(min=0) for n in x] + [(-n).clamp(min=0) for n in x]
+        f = [r[i] * r[i - j] for j in range(1, nu + 1) for i in range(len(r))]   # r[-1] is the last one: it rolls
+    size = sum(n * n for n in f) ** 0.5
+    return [n / size for n in f] if "unit" in words else f
+
+
+def armt_by_hand(p, row, words, nu, n_mem, first):
+    """
+    The paper, token by token: row (N,) -> logits (N, V). A is a list of D vectors, z a list of D numbers. `first` says
+    how the first segment goes: "apart", as in the paper (no read, vbar = 0, gamma = 1), or "alike", from A = z = 0.
+    """
+    D = p["memory.blocks.0.W_K.weight"].size(0) * (1 if "elu" in words else 2 * nu)
+    state = [None if first == "apart" else ([torch.zeros(C).double()] * D, [torch.zeros(()).double()] * D)] * L
+    logits = []
+
+    def ask(f, A, z):
+        answer, overlap = sum(n * a for n, a in zip(f, A)), sum(n * b for n, b in zip(f, z)) + 1e-5
+        return answer if "no_denom" in words else answer / overlap, overlap
+
+    for part in row.split(T):
+        x = torch.cat((p["wte.weight"][part], p["memory.mem"]))
+        for layer in range(L):
+            name = f"memory.blocks.{layer}"
+            if state[layer] is not None:
+                x = torch.stack([t + ask(phi(p[name + ".W_Q.weight"] @ t, words, nu), *state[layer])[0] for t in x])
+            x = plain_block(p, name, x, n_head=2)
+            old = state[layer] or ([torch.zeros(C).double()] * D, [torch.zeros(()).double()] * D)
+            A, z = list(old[0]), list(old[1])
+            for u in x[-n_mem:]:                             # all memory tokens of a segment see the old A and z
+                k, v = phi(p[name + ".W_K.weight"] @ u, words, nu), p[name + ".W_V.weight"] @ u
+                beta = 1 / (1 + torch.exp(-(p[name + ".w_beta.weight"][0] @ u + p[name + ".w_beta.bias"][0])))
+                if state[layer] is None:
+                    vbar, gamma = 0, 1
+                else:
+                    vbar, overlap = ask(k, *old)
+                    gamma = min(max(1 - overlap.item() / (sum(n.item() ** 2 for n in k) + 1e-5), 0), 1)   # a constant
+                vbar, gamma = 0 if "no_delta" in words else vbar, 1 if "no_gamma" in words else gamma
+                A = [a + beta * n * (v - vbar) for a, n in zip(A, k)]
+                z = [b + gamma * n for b, n in zip(z, k)]
+            state[layer] = A, z
+        logits.append(norm(p, "memory.ln_f", x)[:len(part)] @ p["lm_head.weight"].T)
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("ablate, nu", [("nothing", 3), ("nothing", 1), ("unit+no_denom", 2), ("no_gamma+no_delta", 3),
+                                        *((word, 3) for word in WORDS)])
+def test_armt_is_the_paper_token_by_token(ablate, nu):
+    """
+    Forward and backward. armt.py treats the first segment like all others, the paper apart. The two differ by the 1e-5
+    in gamma: little, and most for the short keys of an untrained model.
+    """
+    model, idx = tiny("armt", ablate, nu=nu).double(), some_text(10)
+    logits, loss, _ = model(idx, idx)
+    loss.backward()
+    for first, tolerance in (("alike", 1e-9), ("apart", 1e-3)):
+        p = {name: w.detach().clone().requires_grad_() for name, w in model.state_dict().items()}
+        by_hand = torch.stack([armt_by_hand(p, row, ablate.split("+"), nu, n_mem=2, first=first) for row in idx])
+        assert_close(logits, by_hand, tolerance)
+        (-by_hand.log_softmax(-1).gather(2, idx[..., None]).mean()).backward()
+        for name, w in model.named_parameters():
+            assert_close(w.grad, p[name].grad, tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The model: how ARMT writes, on keys and values made by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rewritten(values, n_mem=1, beta=1.0, ablate="nothing"):
+    """
+    Write the values, one segment each, under one key, with an ARMTBlock whose memory tokens are [key, value]. What it
+    answers for the key after each write, and how often the key is in z: z . phi / |phi|^2.
+    """
+    config = GPTConfig(n_embd=4, n_head=1, n_mem=n_mem, d_mem=2, ablate=ablate)
+    block = armt.ARMTBlock(config).double()
+    block.W_K.weight.data = torch.tensor([[1., 0, 0, 0], [0, 1, 0, 0]]).double()
+    block.W_V.weight.data = torch.diag(torch.tensor([0., 0, 1, 1])).double()
+    block.w_beta.weight.data.zero_()
+    block.w_beta.bias.data.fill_(torch.tensor(beta).logit())                            # sigmoid(infinity) is 1
+    A, z = block.init_state(1)
+    answers, amounts = [], []
+    with torch.no_grad():
+        for value in values:
+            token = torch.tensor([30, 20, value, -value]).double()                  # a key so long that 1e-5 is nothing
+            A, z = block.write(token.expand(1, n_mem, 4), A, z)
+            f = block.phi(block.W_K(token.view(1, 1, 4)))                                                # (1, 1, D)
+            answer = block.recall(f, A, z)[0][0, 0]
+            assert answer[2] == -answer[3] and answer[:2].abs().max() == 0
+            answers.append(answer[2].item())
+            amounts.append((f[0, 0] @ z[0] / f.square().sum()).item())
+    return answers, amounts
+
+
+VALUES = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, -6.0]
+
+
+def test_phi_multiplies_each_feature_with_its_neighbours():
+    block = armt.ARMTBlock(GPTConfig(n_embd=4, n_head=1, n_mem=1, d_mem=2))
+    f = block.phi(torch.tensor([[[2., -3.]]])).flatten().tolist()
+    assert f == [6, 0, 0, 0] + [0, 0, 0, 0] + [0, 0, 0, 6]          # r = 2 0 0 3 times 3 2 0 0, 0 3 2 0, 0 0 3 2
+
+
+def test_a_key_written_again_keeps_its_last_value_alone():
+    answers, amounts = rewritten(VALUES)
+    assert answers == pytest.approx(VALUES)
+    assert amounts == pytest.approx([1] * len(VALUES))                                  # z stays phi(k)
+
+
+def test_without_gamma_the_newest_of_t_values_weighs_one_in_t():
+    answers, amounts = rewritten(VALUES, ablate="no_gamma")
+    r = 0
+    for t, (value, answer) in enumerate(zip(VALUES, answers), start=1):
+        r = ((t - 2) * r + value) / t if t > 1 else value
+        assert answer == pytest.approx(r)
+    assert amounts == pytest.approx(range(1, len(VALUES) + 1))                          # every write is counted again
+
+
+def test_with_half_a_beta_half_of_the_old_value_stays():
+    answers, _ = rewritten(VALUES, beta=0.5)
+    weights = [0.5 ** (len(VALUES) - i) for i in range(len(VALUES))]                    # ..., .125, .25, .5
+    assert answers[-1] == pytest.approx(sum(w * v for w, v in zip(weights, VALUES)))
+
+
+def test_without_delta_the_values_add_up():
+    answers, _ = rewritten(VALUES, ablate="no_delta")
+    assert answers == pytest.approx(list(itertools.accumulate(VALUES)))
+
+
+def test_the_clip_of_gamma_keeps_four_writers_of_one_key_from_exploding():
+    amount, unclipped = 0, []
+    for _ in range(5):
+        amount += 4 * (1 - amount)                                                     # equation 3 as it stands
+        unclipped.append(amount)
+    assert unclipped == [4, -8, 28, -80, 244]
+    answers, amounts = rewritten(VALUES, n_mem=4)
+    assert amounts == pytest.approx([4] * len(VALUES))
+    assert answers == pytest.approx(VALUES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The model: reading in pieces, and writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+@every_variant
+def test_text_may_arrive_in_pieces_of_any_size(memory, ablate):
+    model, idx = tiny(memory, ablate), some_text(24)
+    for sizes, waiting in (((1, 5, 4, 1, 12), 3), ((8, 8), 4), ((3,), 3), ((4, 1), 1), ((24,), 4)):
+        state, tail = None, None
+        for piece in idx[:, :sum(sizes)].split(sizes, dim=1):
+            state, tail = model.read(piece, state, tail)
+        full = sum(sizes) - waiting
+        assert torch.equal(tail, idx[:, full:sum(sizes)])
+        assert_close(state, model(idx[:, :full])[2] if full else model.init_state(2))
+
+
+@every_variant
+def test_greedy_generation_is_the_model_called_again_and_again(memory, ablate):
+    model = tiny(memory, ablate).double()
+    for n in (1, T - 1, T, T + 1, 2 * T + 3):
+        idx = some_text(n, rows=3)
+        by_hand = idx
+        for _ in range(2 * T + 1):
+            by_hand = torch.cat((by_hand, model(by_hand)[0].argmax(-1)), dim=1)
+        assert torch.equal(model.generate(idx, 2 * T + 1, temperature=0), by_hand)
+        assert torch.equal(model.generate(idx, 2 * T + 1, top_k=1), by_hand)
+        state = model(idx[:, :T])[2]
+        if n > T:
+            assert torch.equal(model.generate(idx[:, T:], 2 * T + 1, state, temperature=0), by_hand[:, T:])
+
+
+def test_words_are_drawn_as_likely_as_the_model_finds_them():
+    model, idx = tiny("armt"), some_text(6, rows=1)
+    logits = model(idx)[0][0, 0]
+    for options, chances in ((dict(), logits.softmax(-1)), (dict(temperature=0.5), (logits / 0.5).softmax(-1)),
+                             (dict(top_k=3), torch.where(logits >= logits.sort()[0][-3], logits, -99.).softmax(-1))):
+        torch.manual_seed(0)
+        drawn = model.generate(idx.expand(4000, -1), 1, **options)[:, -1]
+        assert (drawn.bincount(minlength=V) / 4000 - chances).abs().max() < 0.03
+        assert drawn.bincount(minlength=V)[chances < 1e-9].sum() == 0
+
+
+@every_variant
+def test_a_long_prompt_is_streamed(memory, ablate):
+    """Each segment is read once, and what was computed for it is let go before the next but one."""
+    model, seen, alive = tiny(memory, ablate), [], []
+
+    def watch(module, inputs, output):
+        seen.append(inputs[0].size(1))
+        alive.append(weakref.ref(output[0]))
+        assert sum(h() is not None for h in alive) <= 2
+
+    model.memory.register_forward_hook(watch)
+    model.generate(some_text(40 * T + 1), 3, temperature=0)
+    assert max(seen) == T and len(seen) == 40 + 3                                      # the prompt, then the short tail
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The model: sizes, and what is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_memories_cost_the_parameters_and_the_floats_they_say():
+    M, d_mem, D = 5, 3, 2 * 3 * 3
+    models = {memory: tiny(memory, n_mem=M, d_mem=d_mem) for memory in ("none", "full", "rmt", "armt")}
+    params = {memory: model.n_params() for memory, model in models.items()}
+    floats = {memory: armt.state_floats(model(some_text(7, rows=1))[2]) for memory, model in models.items()}
+    block = 12 * C * C + 4 * C                                                          # attention, MLP, two LayerNorms
+    assert params["none"] == params["full"] == 2 * V * C + L * block + 2 * C
+    assert params["rmt"] == params["none"] + M * C
+    assert params["armt"] == params["none"] + L * (2 * C * d_mem + C * C + C + 1) + M * C
+    assert floats == {"none": 0, "full": L * 2 * 7 * C, "rmt": M * C, "armt": L * (D * C + D)}
+
+
+def test_a_size_left_out_becomes_the_default_of_its_memory():
+    for memory, n_mem, d_mem in (("none", None, None), ("full", None, None), ("rmt", 16, None), ("armt", 4, 16)):
+        config = GPTConfig(vocab_size=V, n_embd=C, memory=memory)
+        chosen = GPT(config).config
+        assert (chosen.n_mem, chosen.d_mem) == (n_mem, d_mem)
+        assert config.n_mem is None and config.d_mem is None                        # the caller's own is left alone
+    assert tiny("armt", n_mem=7).config.n_mem == 7
+
+
+def test_the_shapes_named_in_comments_hold():
+    B, N, M, H, d_mem, D = 3, 7, 2, 2, 3, 18
+    state = {memory: tiny(memory)(some_text(N, rows=B))[2] for memory in ("none", "full", "rmt", "armt")}
+    assert state["none"] == ((), ())
+    assert [t.shape for layer in state["full"] for t in layer] == [(B, H, N, C // H)] * 4
+    assert state["rmt"].shape == (B, M, C)
+    assert [t.shape for layer in state["armt"] for t in layer] == [(B, D, C), (B, D)] * 2
+    block = tiny("armt").memory.blocks[0]
+    assert block.phi(torch.zeros(B, M, d_mem)).shape == (B, M, D)
+    answer, overlap = block.recall(torch.zeros(B, M, D), *state["armt"][0])
+    assert answer.shape == (B, M, C) and overlap.shape == (B, M, 1)
+    assert tiny("armt", "elu").init_state(B)[0][0].shape == (B, d_mem, C)
+    assert armt.rotary_angles(N, 8, torch.device("cpu"), torch.float32)[0].shape == (N, 4)
+    assert armt.state_map(lambda a, b: a + b, state["armt"], state["armt"])[1][1].shape == (B, D)
+
+
+def test_the_associative_state_is_never_below_float32():
+    model = tiny("armt").bfloat16()
+    logits, _, state = model(some_text(9))
+    assert logits.dtype == torch.bfloat16 and {t.dtype for layer in state for t in layer} == {torch.float32}
+
+
+def misfits():
+    for memory in ("full", "rmt", "armt"):
+        yield memory, memory, dict(), 3                                                 # rows
+        yield memory, memory, dict(n_embd=2 * C), 2                                     # width
+    for memory, other in itertools.permutations(("none", "full", "rmt", "armt"), 2):
+        yield memory, other, dict(), 2
+    yield "rmt", "rmt", dict(n_mem=3), 2
+    yield "armt", "armt", dict(d_mem=4), 2
+    yield "armt", "armt", dict(n_layer=3), 2
+
+
+@pytest.mark.parametrize("memory, made_by, other, rows", list(misfits()))
+def test_a_state_that_does_not_fit_is_refused(memory, made_by, other, rows):
+    state = tiny(made_by, **other)(some_text(5, rows=rows))[2]
+    with pytest.raises(ValueError, match="^state: "):
+        tiny(memory)(some_text(5), state=state)
+
+
+@pytest.mark.parametrize("field, wrong", [
+    ("memory", dict(memory="elephant")), ("n_embd", dict(n_embd=18)), ("n_embd", dict(n_embd=15)),  # 18 = 2 heads of 9
+    *((name, {name: 0}) for name in ("n_layer", "vocab_size", "segment_len", "n_embd", "n_mem", "d_mem", "nu"))])
+def test_a_size_that_makes_no_sense_is_refused_by_name(field, wrong):
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        tiny(**dict(memory="armt") | wrong)
+
+
+@every_memory
+def test_an_unknown_ablation_word_is_answered_with_the_known_ones(memory):
+    with pytest.raises(ValueError, match="^ablate: .*'no_sense'") as error:
+        tiny(memory, "no_sense")
+    known = str(error.value).split("it knows ")[1].split(", ")
+    assert known[0] == "nothing" and tiny(memory, "+".join(known))
+    assert memory != "armt" or known[1:] == WORDS                                       # so all of them are tested
+
+
+def test_nothing_to_read_is_refused():
+    for call in (tiny("none"), lambda idx: tiny("none").generate(idx, 1)):
+        with pytest.raises(ValueError, match="^idx: "):
+            call(torch.zeros(2, 0, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The data: batches, and associative retrieval
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fingerprint():
+    """A number for a batch of each task. This text also runs in another process, so it brings its own imports."""
+    import hashlib
+    from data import babilong, generator, recall
+    rng, total = generator(3, "train", 1, 5), hashlib.sha256()
+    task = babilong.QA1(babilong.Words())
+    for part in (*recall.batch(rng, 8, 5, key_size=2), *recall.batch(rng, 8, 30, rewrite=True),
+                 *task.batch(rng, 8, (6, 200))):
+        total.update(part.astype("<i8").tobytes())
+    total.update(babilong.prose(500, seed="val").encode())
+    return total.hexdigest()
+
+
+def test_batches_are_equal_in_every_process():
+    script = inspect.getsource(fingerprint) + "print(fingerprint())"
+    there = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True,
+                           check=True, env=os.environ | dict(PYTHONHASHSEED="4321")).stdout
+    assert there.strip() == fingerprint()
+
+
+def test_batches_of_other_seeds_splits_stages_and_steps_are_others():
+    places = list(itertools.product(range(3), SPLITS, range(3), range(3)))
+    batches = {recall.batch(generator(*place), 4, 8).context.tobytes() for place in places}
+    assert len(batches) == len(places) == 81
+    again = recall.batch(generator(2, "val", 1, 0), 4, 8).context.tobytes()
+    assert again in batches
+
+
+@pytest.mark.parametrize("rewrite, key_size, n_pairs, n_questions", [
+    (False, 1, 4, 1), (False, 1, 16, 3), (False, 1, 5, 8), (False, 1, 5, 16), (False, 2, 40, 7), (False, 2, 256, 1),
+    (True, 1, 30, 1), (True, 1, 6, 16), (True, 1, 3, 9), (True, 2, 50, 5), (True, 1, 1, 1)])
+def test_a_slow_replay_gives_the_answers_of_recall(rewrite, key_size, n_pairs, n_questions):
+    batch = recall.batch(generator(0, "train"), 30, n_pairs, key_size, n_questions, rewrite)
+    every_key = list(itertools.product(range(1, 17), repeat=key_size))
+    assert batch.context.shape == (30, n_pairs * (key_size + 3))                        # one pair fills one segment
+    assert batch.questions.shape == (30, n_questions, key_size + 1)
+    for context, questions, answers in zip(*batch):
+        told = {}
+        for *key, colon, value, end in context.reshape(n_pairs, key_size + 3).tolist():
+            assert (colon, end) == (recall.TELL, recall.END) and 1 <= value <= 16
+            assert tuple(key) in every_key and (rewrite or tuple(key) not in told)
+            told[tuple(key)] = value
+        asked = [tuple(key) for *key, _ in questions.tolist()]
+        assert set(questions[:, -1]) == {recall.ASK} and len(set(asked)) == n_questions
+        assert answers.tolist() == [told.get(key, -1) for key in asked]
+        if n_questions == 16 ** key_size:
+            assert asked == every_key                                                   # all keys, in order
+        else:
+            assert (answers >= 0).sum() == min(n_questions, len(told))                  # never asked in vain
+
+
+def test_recall_asks_for_every_pair_alike():
+    batch = recall.batch(generator(0, "train"), 4000, 4)
+    age = (batch.context.reshape(4000, 4, 4)[..., 0] == batch.questions[:, :, 0]).argmax(1)
+    assert np.abs(np.bincount(age) / 4000 - 1 / 4).max() < 0.03
+    assert np.abs(np.bincount(batch.answers[:, 0])[1:] / 4000 - 1 / 16).max() < 0.02
+
+    keys = (batch := recall.batch(generator(0, "train"), 4000, 20, rewrite=True)).context.reshape(4000, 20, 4)[..., 0]
+    written = (keys == batch.questions[:, :, 0]).sum(1)                                 # how often the asked key was
+    fair = [20 / len(set(row)) for row in keys.tolist()]                                # were keys drawn, not pairs
+    assert abs(written.mean() - np.mean(fair)) < 0.05
+
+
+def test_more_pairs_than_keys_are_refused():
+    with pytest.raises(ValueError, match="^key_size: 17 "):
+        recall.batch(generator(0, "train"), 1, 17)
+    assert recall.batch(generator(0, "train"), 1, 17, rewrite=True).context.shape == (1, 68)
+
+
+def test_recall_is_evaluated_on_questions_of_its_own():
+    task = recall.Recall(key_size=1)
+    questions, left_out = task.questions(6, 20)
+    assert len(questions) == 20 and left_out == 0
+    for question in questions:
+        (context,) = question.context
+        told = {key: value for key, _, value, _ in context.reshape(6, 4).tolist()}
+        assert told[question.question[0]] == question.answer
+    again, _ = task.questions(6, 20)
+    assert [q.context[0].tolist() for q in again] == [q.context[0].tolist() for q in questions]
+    assert task.show([1, 16, recall.TELL, 11, recall.END, 3, recall.ASK]) == "0f:a;2?"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The data: bAbI
+# ---------------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = (     # its quirks: a blank after a question mark, or none; support in any order; lists as answers
+    "1 Mary moved to the bathroom.\n2 John went to the hallway.\n3 Where is Mary? \tbathroom\t1\n"
+    "4 Mary got the milk there.\n5 Where is the milk? \tbathroom\t4 1\n"
+    "1 The office is north of the kitchen.\n2 What is north of the kitchen?\toffice\t1\n"
+    "1 Mary took the apple.\n2 Mary took the milk.\n3 What is Mary carrying? \tapple,milk\t1 2\n")
+
+
+def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
+    path = tmp_path / "qa.txt"
+    for written in (PUBLISHED, babi.write_stories(babi.qa1_stories(generator(0, "train"), 50))):
+        path.write_bytes(written.encode())
+        assert babi.write_stories(babi.read_stories(path)) == written
+    path.write_bytes(PUBLISHED.encode())
+    stories = babi.read_stories(path)
+    assert [len(story) for story in stories] == [5, 2, 3]
+    assert stories[0][1] == babi.Line("John went to the hallway.")
+    assert stories[0][4] == babi.Line("Where is the milk? ", "bathroom", (4, 1))
+    told = ["Mary moved to the bathroom.", "John went to the hallway."]
+    assert babi.samples(stories)[:2] == [(told, "Where is Mary?", "bathroom"),
+                                         ([*told, "Mary got the milk there."], "Where is the milk?", "bathroom")]
+
+
+@pytest.mark.parametrize("line, published, broken", [
+    (1, "1 Mary moved", "2 Mary moved"),                                                # a story begins with 1
+    (1, "1 Mary moved", "Mary moved"),
+    (1, "1 Mary moved", "\n1 Mary moved"),                                              # there are no blank lines
+    (2, "2 John went", "John went"),
+    (2, "2 John went", "3 John went"),                                                  # a gap
+    (2, "2 John went to the hallway.", "2 "),
+    (2, "2 John", "2John"),
+    (4, "4 Mary got", "3 Mary got"),                                                    # a number that came before
+    (6, "1 The office", "2 The office"),
+    (3, "Mary? \tbathroom\t1", "Mary? bathroom 1?"),                                    # no TAB
+    (3, "Mary? \tbathroom\t1", "Mary? "),
+    (3, "Mary? \tbathroom\t1", "Mary? \tbathroom"),
+    (3, "Mary? \tbathroom\t1", "Mary? \tbathroom\t1\t1"),
+    (3, "Mary? \tbathroom\t1", "Mary. \tbathroom\t1"),                                  # not a question
+    (3, "\tbathroom\t1", "\t\t1"),                                                      # no answer
+    (3, "\tbathroom\t1", "\t \t1"),
+    (3, "\tbathroom\t1", "\tbathroom\t"),
+    (3, "\tbathroom\t1", "\tbathroom\tone"),
+    (3, "\tbathroom\t1", "\tbathroom\t1 "),
+    (3, "\tbathroom\t1", "\tbathroom\t0"),
+    (3, "\tbathroom\t1", "\tbathroom\t4"),                                              # told later
+    (5, "\tbathroom\t4 1", "\tbathroom\t5"),                                            # the question itself
+    (5, "\tbathroom\t4 1", "\tbathroom\t4 3"),                                          # an earlier question
+    (10, "\tapple,milk\t1 2", "\tapple,milk\t1,2")])
+def test_a_malformed_line_is_refused_with_file_and_line(line, published, broken, tmp_path):
+    assert published in PUBLISHED
+    path = tmp_path / "broken_qa1.txt"
+    path.write_bytes(PUBLISHED.replace(published, broken, 1).encode())
+    with pytest.raises(ValueError) as error:
+        babi.read_stories(path)
+    assert str(error.value).startswith(f"{path}, line {line}: ")
+
+
+@pytest.mark.parametrize("content, why", [(b"", "empty"), (b"1 Mary moved to the caf\xe9.\n", "not UTF-8")])
+def test_a_file_that_is_no_bAbI_file_is_refused_by_name(content, why, tmp_path):
+    path = tmp_path / "broken_qa1.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=why) as error:
+        babi.read_stories(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_published_files_are_found_in_the_folder_or_in_en_10k(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"^babi_dir: no qa1_.*_test.txt in {tmp_path}"):
+        babi.find_file(tmp_path, "qa1")
+    inside = tmp_path / "en-10k" / "qa1_single-supporting-fact_test.txt"
+    inside.parent.mkdir()
+    for name in (inside.name, "qa11_basic-coreference_test.txt", "qa1_single-supporting-fact_train.txt"):
+        (inside.parent / name).touch()
+    assert babi.find_file(tmp_path, "qa1") == babi.find_file(inside.parent, "qa1") == inside
+
+
+def test_the_world_of_qa1_has_the_statistics_of_the_published_files():
+    """papers: Weston et al. 2015; the numbers were counted in the 10,000 published training questions."""
+    verbs, answers, ages, starts = {}, {}, [], {}
+    same_actor, same_asked = [], []
+    for story in babi.qa1_stories(generator(0, "train"), 2000):
+        assert len(story) == 15 and [line.answer is None for line in story] == [True, True, False] * 5
+        told, asked = [], []                         # (actor, place, line number) of each fact; who was asked for
+        for number, line in enumerate(story, start=1):
+            words = line.text.split()
+            if line.answer is None:
+                actor, verb, place = words[0], " ".join(words[1:-2]), words[-1].removesuffix(".")
+                assert words[-2] == "the" and actor in babi.ACTORS and place in babi.PLACES
+                earlier = [p for a, p, _ in told if a == actor]
+                assert earlier[-1:] != [place], "a move to where one is"
+                if not earlier:
+                    starts[place] = starts.get(place, 0) + 1
+                if told:
+                    same_actor.append(actor == told[-1][0])
+                verbs[verb] = verbs.get(verb, 0) + 1
+                told.append((actor, place, number))
+            else:
+                who = words[-1].removesuffix("?")
+                age = [a for a, _, _ in told][::-1].index(who)           # how many facts came after the one that counts
+                assert line.text == f"Where is {who}? "
+                assert (line.answer, line.support) == (told[-1 - age][1], (told[-1 - age][2],))
+                if asked:
+                    same_asked.append(who == asked[-1])
+                answers[line.answer] = answers.get(line.answer, 0) + 1
+                ages.append(age)
+                asked.append(who)
+
+    def near(counts, shares):
+        counts = np.array(counts)
+        return counts.shape == np.shape(shares) and np.abs(counts / counts.sum() - shares).max() < 0.02
+
+    assert set(verbs) == {f"{move} to" for move in babi.MOVES}
+    assert near(list(verbs.values()), [1 / 5] * 5)
+    assert near(list(answers.values()), [1 / 6] * 6) and near(list(starts.values()), [1 / 6] * 6)
+    assert near(np.bincount(ages), [0.452, 0.290, 0.133, 0.086, 0.040])                 # and never older
+    assert abs(np.mean(same_actor) - 0.25) < 0.02 and abs(np.mean(same_asked) - 0.36) < 0.02
+
+
+def test_last_places_are_where_everybody_was_told_to_be():
+    actor, place, _ = babi.qa1_facts(generator(0, "train"), 200, 7)
+    for row, at in zip(zip(actor.tolist(), place.tolist()), babi.last_places(actor, place).tolist()):
+        told = dict(zip(*row))                                                          # a dict, too, keeps the last
+        assert at == [told.get(who, -1) for who in range(4)]
+    assert (babi.last_places(actor[:, :0], place[:, :0]) == -1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The data: words and background
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_the_ids_of_bAbI_words_are_fixed_for_good():
+    """A checkpoint knows words by number: whoever changes this list makes every checkpoint speak nonsense."""
+    words = babilong.Words()
+    assert len(babi.WORDS) == 176 and len({words.id(word) for word in babi.WORDS}) == 176
+    assert words.names[:12] == [" ", ".", "?", "!", "Mary", "moved", "to", "the", "bathroom", "John", "went", "hallway"]
+    assert [words.id(w) for w in ("office", "kitchen", "nothing", "apple,milk", "w,w")] == [18, 22, 154, 157, 179]
+    assert zlib.crc32(" ".join(babi.WORDS).encode()) == 1862077486
+    assert all(words.id(words.name(i)) == i for i in range(180)) and words.size == 180 + 1024
+    assert {*babi.ACTORS, *babi.PLACES, *" ".join(babi.MOVES).split(), "where", "is"} <= set(babi.WORDS)
+
+
+def test_any_other_word_falls_into_a_bucket():
+    words = babilong.Words()
+    others = [f"ship{i}" for i in range(3000)]
+    ids = {words.id(word) for word in others}
+    assert min(ids) >= 180 and max(ids) < words.size and len(ids) > 900                 # most of the 1024 are in use
+    assert words.id("captain") == words.id("CAPTAIN") == 180 + zlib.crc32(b"captain") % 1024
+    assert words.name(words.id("captain")) == "(another word)"
+    assert words.unknown("Mary saw the whale. Ahab saw the Whale!") == ["saw", "whale", "Ahab", "Whale"]
+
+
+def test_text_becomes_words_and_marks():
+    words = babilong.Words()
+    assert words.encode("Where is Mary?") == words.encode("  WHERE, is \n 'mary' ?") == [12, 13, 4, 2]
+    assert words.encode("MARY moved to the BathRoom.") == [4, 5, 6, 7, 8, 1]
+    assert words.split("Mrs-Bennet's _cat_ isn’t 42; 'a'!") == ["Mrs-Bennet's", "cat", "isn’t", "42", "a", "!"]
+    assert words.count(words.encode("Mary moved to the garden. Where is she? Here!")) == 9     # marks are not words
+    assert words.count(fill([[4, 1]], 7)) == 1                                          # and the blank is not either
+
+
+def book(folder, name, sentences):
+    """A book in which no word occurs twice: sentence i has 9 + i % 4 words and a mark."""
+    path = folder / f"{name}.txt"
+    path.write_text("\n".join(" ".join(f"{name}{i}x{j}" for j in range(9 + i % 4)) + ".?!"[i % 3]
+                              for i in range(sentences)))
+    return path
+
+
+BIG = babilong.Words(buckets=2 ** 40)                        # so many that no two words of these books share one
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    background = babilong.Background([book(folder, "a", 60), book(folder, "b", 40)], "test", BIG)
+    inked = background.ids[background.ids > 3]
+    assert len(set(inked.tolist())) == len(inked) == 630 + 420
+    return background
+
+
+def test_train_and_val_share_no_sentence_and_miss_none(tmp_path):
+    files = [book(tmp_path, "a", 60), book(tmp_path, "b", 35)]
+    train, val, whole = (babilong.Background(files, part, BIG) for part in ("train", "val", "test"))
+    inked = [set(b.ids[b.ids > 3].tolist()) for b in (train, val, whole)]
+    assert not inked[0] & inked[1] and inked[0] | inked[1] == inked[2]
+    assert len(train.begin) - 1 == 54 + 31 and len(val.begin) - 1 == 6 + 4              # nine tenths of each book
+    for file in files:                                                                  # in their natural order
+        parts = [babilong.Background([file], part, BIG).ids for part in ("train", "val", "test")]
+        assert np.concatenate(parts[:2]).tolist() == parts[2].tolist() == BIG.encode(file.read_text())
+
+
+def test_short_sentences_are_no_background(tmp_path):
+    path = tmp_path / "book.txt"
+    long, almost = "one two three four five six seven eight nine.", "one two three four five six seven eight."
+    path.write_text(f"Chapter one. {long} {almost} Hm! {long} and a last one that nobody ever came to finish")
+    background = babilong.Background([path], "test")
+    words = babilong.Words()
+    assert background.ids.tolist() == words.encode(f"{long} {long} and a last one that nobody ever came to finish")
+    assert background.begin.tolist() == [0, 10, 20, 30] and background.n_words[-1] == 9 + 9 + 10
+    path.write_text(almost)
+    with pytest.raises(ValueError, match=f"^{path} has no sentence of 10"):
+        babilong.Background([path], "test")
+
+
+@pytest.mark.parametrize("content, why", [(None, "cannot read"), (b"", "is empty"), (b" \n\n", "is empty"),
+                                          (b"caf\xe9", "not UTF-8")])
+def test_a_background_that_cannot_be_read_is_named(content, why, tmp_path):
+    path = tmp_path / "no_book.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^.*{why}") as error:
+        babilong.Background([path])
+    assert str(path) in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def prose():
+    return babilong.Background()
+
+
+def test_the_built_in_prose_is_another_text_in_every_part():
+    first = {part: babilong.read_text(babilong.PROSE, part) for part in SPLITS}
+    sentences = {part: set(content.split(" . ")) for part, content in first.items()}
+    assert len(first["train"].split()) > 300_000
+    assert len(sentences["val"] & sentences["train"]) < 0.01 * len(sentences["val"])
+    assert len(sentences["test"] & sentences["train"]) < 0.01 * len(sentences["test"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The data: BABILong
+# ---------------------------------------------------------------------------------------------------------------------
+
+FACTS = [BIG.encode(fact) for fact in ("Mary moved to the bathroom.", "John went back to the hallway.",
+                                       "Mary went to the garden.", "Mary went to the garden.")]
+OWN = 5 + 6 + 5 + 5                                                                     # words in these facts
+
+
+def take_apart(context, library):
+    """
+    A composed context -> its facts, the slot of each (how many sentences stand before it), and the number of slots.
+    What is not a fact must be what the library says: sentence after sentence, the last one perhaps cut short.
+    """
+    facts, where, rest, fact = [], [], [], []
+    for i in np.concatenate(context).tolist():
+        if fact or 3 < i < 180:                             # words of bAbI are in facts alone; a fact ends with a dot
+            fact.append(i)
+            if i == 1:
+                facts, where, fact = [*facts, fact], [*where, len(rest)], []
+        else:
+            rest.append(i)
+    begin = [n for n in range(len(rest)) if n == 0 or rest[n - 1] <= 3]
+    assert not fact and all(n in begin or n == len(rest) for n in where), "a fact stands inside a sentence"
+
+    book = [library.ids[a:b].tolist() for a, b in itertools.pairwise(library.begin)]
+    number = {sentence[0]: n for n, sentence in enumerate(book)}
+    read = [rest[a:b] for a, b in itertools.pairwise([*begin, len(rest)])]
+    path = [number[sentence[0]] for sentence in read]
+    assert all(sentence == book[n] for sentence, n in zip(read[:-1], path)), "not what the book says"
+    assert not read or read[-1] == book[path[-1]][:len(read[-1])]
+    assert all(b == a + 1 or a in (59, 99) for a, b in itertools.pairwise(path)), "left a book before its end"
+    return facts, [sum(b < n for b in begin) for n in where], len(begin) + 1
+
+
+@pytest.mark.parametrize("length", [0, OWN, OWN + 1, OWN + 40, 500, 3000])              # the library holds 1050 words
+def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, library):
+    for seed in range(20):
+        context = babilong.compose(generator(seed, "train"), FACTS, length, library)
+        facts, slots, n_slots = take_apart(context, library)
+        assert facts == FACTS and slots == sorted(slots) and (n_slots > 1) == (length > OWN)
+        assert sum(map(babilong.Words.count, context)) == max(length, OWN)
+        views = [piece for piece in context if piece[0] >= 180]
+        assert all(np.shares_memory(piece, library.ids) for piece in views)
+        again = babilong.compose(generator(seed, "train"), FACTS, length, library)
+        assert np.array_equal(np.concatenate(context), np.concatenate(again))
+    if length == 500:
+        other = babilong.compose(generator(99, "train"), FACTS, length, library)
+        assert not np.array_equal(np.concatenate(context), np.concatenate(other))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.5, 0.75), (0, 0.1), (0.9, 1), (0, 0), (1, 1)])
+def test_facts_stand_anywhere_or_within_their_band(low, high, library):
+    places = []
+    for seed in range(150):
+        context = babilong.compose(generator(seed, "train"), FACTS, 300, library, band=(low, high))
+        _, slots, n_slots = take_apart(context, library)
+        assert all(low * n_slots - 1 <= slot <= high * n_slots for slot in slots)
+        places += [(slot + 0.5) / n_slots for slot in slots]
+    assert abs(np.mean(places) - (low + high) / 2) < 0.04
+    assert np.std(places) == pytest.approx((high - low) / 12 ** 0.5, abs=0.02)          # that of a uniform draw
+    if (low, high) == (0, 1):
+        assert min(places) < 1 / n_slots and max(places) > 1 - 1 / n_slots              # the first slot and the last
+
+
+def test_the_background_is_entered_anywhere(library):
+    assert {next(library.runs(generator(seed, "train"), 20))[0] for seed in range(1000)} == set(range(100))
+
+
+def test_a_length_too_short_for_the_facts_is_refused(library):
+    for length in (1, OWN - 1):
+        with pytest.raises(ValueError, match=f"^length: {length} words"):
+            babilong.compose(generator(0, "train"), FACTS, length, library)
+
+
+def test_five_million_words_are_composed_and_read_in_a_few_megabytes(prose):
+    tracemalloc.start()
+    context = babilong.compose(generator(0, "train"), FACTS, 5_000_000, prose)
+    composed = tracemalloc.get_traced_memory()[1]
+    n_words = sum(babilong.Words.count(piece) for piece in chunks([context], 4096))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_words == 5_000_000
+    assert composed < 1e6 and peak < 5e6
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 64, 1000])
+def test_chunks_are_the_rows_side_by_side(size):
+    rng = generator(0, "train")
+    for sizes in (((5, 0, 1, 13), (7,), (2, 2, 2)), ((3, 4), (7,)), ((64, 64), (63, 1, 65)), ((1,),)):
+        rows = [[rng.integers(1, 100, size=n) for n in row] for row in sizes]
+        cut = list(chunks(rows, size))
+        assert np.array_equal(np.concatenate(cut, axis=1), fill([np.concatenate(row) for row in rows]))
+        assert all(chunk.shape[1] == size for chunk in cut[:-1]) and 0 < cut[-1].shape[1] <= size
+
+
+def test_rows_are_filled_in_front():
+    assert fill([[1, 2], [3], []]).tolist() == [[1, 2], [0, 3], [0, 0]]
+    assert fill([[1, 2]], 4).tolist() == [[0, 0, 1, 2]]
+
+
+def replay(ids):
+    """Who is where at the end of a context, read off its bAbI words alone: {'mary': 'garden', ...} as ids."""
+    told = [i for i in ids if 3 < i < 180 or i == 1]
+    at = {}
+    for start, end in itertools.pairwise([0, *(n + 1 for n, i in enumerate(told) if i == 1)]):
+        if end - start > 1:
+            at[told[start]] = told[end - 2]
+    return at
+
+
+def test_a_batch_of_qa1_asks_for_everybody_and_knows_who_was_never_seen(tmp_path):
+    task = babilong.QA1(BIG, [book(tmp_path, "a", 60)])
+    actors = [BIG.id(who) for who in babi.ACTORS]
+    lengths, n_facts = set(), set()
+    for step in range(60):
+        batch = task.batch(generator(0, "train", 0, step), 5, (6, 120))
+        assert batch.questions.shape == (5, 4, 4) and batch.answers.shape == (5, 4)
+        for context, questions, answers in zip(*batch):
+            assert questions.tolist() == [BIG.encode(f"Where is {who}?") for who in babi.ACTORS]
+            at = replay(context.tolist())
+            assert answers.tolist() == [at.get(who, -1) for who in actors]
+            n_facts.add(sum(i in actors for i in context.tolist()))
+            lengths.add(babilong.Words.count(context))
+    assert n_facts == {2, 3, 4, 5, 6} and 100 < max(lengths) <= 120 and len(lengths) > 30
+    answers = [task.batch(generator(0, "train", 0, n), 5, (2, 30), going_on=True).answers.max() for n in range(20)]
+    assert 5 <= answers.count(-1) <= 15                                                # half of them tell nothing new
+
+
+def test_qa1_is_evaluated_at_the_exact_length_on_passages_held_back(tmp_path):
+    files, other = [book(tmp_path, "a", 60)], [book(tmp_path, "b", 40)]
+    task = babilong.QA1(BIG, files)
+    held_back = {int(i) for i in babilong.Background(files, "val", BIG).ids if i > 3}
+    theirs = {int(i) for i in babilong.Background(other, "test", BIG).ids if i > 3}
+    (tmp_path / "qa1_single-supporting-fact_test.txt").write_text(
+        babi.write_stories(babi.qa1_stories(generator(7, "test"), 6)))
+    for options, allowed in ((dict(), held_back), (dict(files=other, babi_dir=tmp_path), theirs)):
+        for length in (0, 30, 200):
+            questions, left_out = task.questions(length, 30, **options)
+            assert len(questions) + left_out == 30 and (left_out > 0) == (length == 30)
+            for question in questions:
+                ids = np.concatenate(question.context).tolist()
+                assert replay(ids)[question.question[2]] == question.answer
+                assert not length or babilong.Words.count(ids) == length
+                assert {i for i in ids if i >= 180} <= allowed
+        again, _ = task.questions(200, 30, **options)
+        assert str(again) == str(questions)
+    assert len(task.questions(0, 7)[0]) == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The data: bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_the_target_of_a_byte_is_the_next_byte(tmp_path):
+    path = tmp_path / "pi.txt"
+    path.write_text("".join(map(chr, range(32, 127))) + "é€" * 20)
+    task = text.Text([path])
+    inputs, targets = task.batch(generator(0, "train"), 50, (9,))
+    assert inputs.shape == targets.shape == (50, 9) and np.array_equal(inputs[:, 1:], targets[:, :-1])
+    for row, last in zip(inputs, targets[:, -1]):
+        assert bytes([*row, last]) in path.read_bytes()
+    assert task.show(b"caf\xc3\xa9") == "café"
+    with pytest.raises(ValueError, match="^.* too few"):
+        task.batch(generator(0, "train"), 1, (1000,))
+
+
+def test_train_and_val_bytes_do_not_overlap(tmp_path):
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_text("".join(f"{file.name}{i} " for i in range(100)))
+    for file in files:
+        assert text.load([file], "train").tobytes() + text.load([file], "val").tobytes() == file.read_bytes()
+    train, val = (text.load(files, part).tobytes() for part in ("train", "val"))
+    assert b"a99 " in val and b"b99 " in val and b"a99 " not in train and b"b99 " not in train
+    assert 0.89 < len(train) / (len(train) + len(val)) < 0.91
