@@ -179,7 +179,7 @@ def show_recall(model, task, config, device, n):
     """Pairs, question, answer and truth of n fresh samples."""
     pairs = max(int(p) for p in config.stages.split(","))
     questions, _ = task.questions(pairs, n)
-    for q, said in zip(questions, answer(model.eval(), questions, device)):
+    for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
         print(f"{task.show(q.context[0])}  {task.show(q.question)} -> {task.show([said])}  "
               f"({'right' if said == q.answer else f'wrong, it is {task.show([q.answer])}'})")
 

@@ -9,10 +9,15 @@ compared in float64.
     pytest                      everything
     pytest -k future            the tests with this word in their name
 """
+import dataclasses
 import inspect
 import itertools
+import json
 import math
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -26,6 +31,8 @@ import torch
 from torch import nn
 
 import armt
+import sample
+import train
 from armt import GPT, GPTConfig, MEMORIES
 from data import SPLITS, babi, babilong, chunks, fill, generator, recall, text
 
@@ -1090,3 +1097,311 @@ def test_train_and_val_bytes_do_not_overlap(tmp_path):
     train, val = (text.load(files, part).tobytes() for part in ("train", "val"))
     assert b"a99 " in val and b"b99 " in val and b"a99 " not in train and b"b99 " not in train
     assert 0.89 < len(train) / (len(train) + len(val)) < 0.91
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. train.py: flags, folders, stopping and going on
+# ---------------------------------------------------------------------------------------------------------------------
+
+FAST = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--batch_size", "8", "--stage_steps", "12", "--cooldown", "4",
+        "--eval_samples", "8", "--device", "cpu"]
+
+
+def fails(capsys, main, *argv):
+    """Run a program that must stop with one line; return that line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    line = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert len(line.strip().splitlines()) == 1, line
+    return line
+
+
+def rows_of(folder, *kinds):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in train.read_metrics(folder)
+            if row["kind"] in kinds]
+
+
+def test_every_flag_has_both_spellings_and_a_help_line(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(train.Config):
+        if field.name not in ("vocab_size", "words"):
+            assert f"--{field.name} " in text and f"--{field.name.replace('_', '-')}" in text
+    assert train.parse(["--n-layer", "3"])[1] == train.parse(["--n_layer", "3"])[1] == train.parse(["--n_layer=3"])[1]
+
+
+@pytest.mark.parametrize("argv, flag", [
+    (["--n_layer", "two"], "n_layer"), (["--lr", "fast"], "lr"), (["--layers", "2"], "--layers"),
+    (["--memory", "elephant"], "memory"), (["--ablate", "no_gama"], "no_gama"), (["--task", "qa7"], "task"),
+    (["--n_head", "3"], "n_head"), (["--stages", "2,x"], "stages"), (["--stages", "32"], "key_size"),
+    (["--carry", "2"], "carry"), (["--carry", "0.5"], "carry"), (["--optimizer", "sgd"], "optimizer"),
+    (["--device", "tpu"], "device"), (["--resume"], "resume"), (["--task", "text", "--background", "nowhere.txt"], "nowhere"),
+    (["--task", "qa1", "--stages", "2"], "stages"), (["--batch_size", "0"], "batch_size"),
+])
+def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(argv, flag, capsys, tmp_path):
+    line = fails(capsys, train.main, *FAST, *argv, "--out_dir", tmp_path / "run")
+    assert flag in line
+    assert not (tmp_path / "run" / "ckpt.pt").exists() and not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["--optimizer", "adamw", "--dropout", "0.1"], ["--memory", "rmt"],
+                                   ["--task", "rewrite", "--stages", "3", "--carry", "0.7"]])
+def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = [*FAST, "--stages", "2,3", "--learned", "0", "--cooldown", "9", "--eval_lengths", "3", *extra, "--out_dir"]
+    train.main([*argv, str(whole)])
+    step = train.Run.step
+
+    def interrupted(self):
+        if self.at["step"] in (4, 7):
+            os.kill(os.getpid(), signal.SIGINT)                     # Ctrl-C in the middle of a step
+        return step(self)
+    monkeypatch.setattr(train.Run, "step", interrupted)
+    for resume in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            train.main([*argv, str(parts), *resume])
+        assert "--resume" in capsys.readouterr().out
+        monkeypatch.setattr(train.Run, "step", interrupted if not resume else step)
+    train.main([*argv, str(parts), "--resume"])
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (whole, parts))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert rows_of(whole, "train", "eval", "final") == rows_of(parts, "train", "eval", "final")
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    argv = [*FAST, "--stages", "2,2,2", "--learned", "0", "--cooldown", "30", "--eval_lengths", "2", "--out_dir"]
+    train.main([*argv, str(whole)])
+    step = train.Run.step
+
+    def dies(self):
+        if self.at["step"] == 28:                                  # after the log of step 25, long after the last save
+            raise MemoryError
+        return step(self)
+    monkeypatch.setattr(train.Run, "step", dies)
+    with pytest.raises(MemoryError):
+        train.main([*argv, str(killed)])
+    monkeypatch.setattr(train.Run, "step", step)
+    train.main([*argv, str(killed), "--resume"])
+    assert rows_of(whole, "train", "eval", "final") == rows_of(killed, "train", "eval", "final")
+
+
+def test_a_grid_skips_what_is_finished_and_ends_with_one_table(tmp_path, capsys):
+    argv = [*FAST, "--stages", "2", "--eval_lengths", "2,4", "--memory", "none,armt", "--seed", "0,1", "--out_dir", tmp_path]
+    train.main([str(a) for a in argv])
+    first = capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"remember-{m}-seed{s}" for m in ("armt", "none") for s in (0, 1)]
+    train.main([str(a) for a in argv])
+    second = capsys.readouterr().out
+    assert second.count("finished, skipped") == 4
+    table = first[first.index("accuracy, %"):]
+    assert table in second and "±" in table and "remember-armt" in table and "remember-none" in table
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path, capsys):
+    argv = [*FAST, "--stages", "2", "--eval_lengths", "2", "--out_dir", tmp_path / "run"]
+    train.main([str(a) for a in argv])
+    assert "--resume" in fails(capsys, train.main, *argv)
+    assert "--lr" in fails(capsys, train.main, *argv, "--resume", "--lr", "0.5")
+
+
+@pytest.fixture
+def qa1(tmp_path):
+    """A tiny qa1 run, a folder of published-like stories and a book."""
+    (tmp_path / "babi").mkdir()
+    stories = babi.qa1_stories(np.random.default_rng(5), 4)
+    (tmp_path / "babi" / "qa1_single-supporting-fact_test.txt").write_text(babi.write_stories(stories))
+    (tmp_path / "book.txt").write_text(babilong.prose(300, seed="a book"))
+    train.main([*FAST, "--task", "qa1", "--stages", "2/0,4/40", "--learned", "0", "--eval_lengths", "0",
+                "--out_dir", str(tmp_path / "run")])
+    return tmp_path
+
+
+def test_eval_only_appends_its_rows_in_the_order_asked(qa1, capsys):
+    before = rows_of(qa1 / "run", "train", "eval", "final")
+    train.main(["--eval_only", "--out_dir", str(qa1 / "run"), "--eval_lengths", "200,0,1k,30", "--eval_samples", "20,10",
+                "--babi_dir", str(qa1 / "babi"), "--background", str(qa1 / "book.txt")])
+    rows = rows_of(qa1 / "run", "train", "eval", "final")
+    assert rows[:len(before)] == before
+    new = rows[len(before):]
+    assert [r["length"] for r in new] == [200, 0, 1000, 30] and {r["split"] for r in new} == {"test"}
+    assert [r["n"] + r["left_out"] for r in new] == [20, 10, 10, 10]
+    assert new[3]["left_out"] > 0                                  # stories of more than 30 words are left out, and counted
+    assert all(0 <= r["accuracy"] <= 1 for r in new)
+
+
+def test_a_checkpoint_opens_with_weights_only(qa1):
+    checkpoint = torch.load(qa1 / "run" / "ckpt.pt", weights_only=True)
+    config = json.loads((qa1 / "run" / "config.json").read_text())
+    assert checkpoint["model"]["wte.weight"].shape == (config["vocab_size"], config["n_embd"])
+    assert config["n_mem"] == 4 and config["words"] == babi.WORDS
+
+
+def test_a_broken_checkpoint_is_refused_in_one_line(qa1, capsys, tmp_path):
+    whole = (qa1 / "run" / "ckpt.pt").read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"something else"):
+        (qa1 / "run" / "ckpt.pt").write_bytes(content)
+        for main, argv in ((train.main, ["--resume"]), (train.main, ["--eval_only"]), (sample.main, ["--ask", "Where is Mary?"])):
+            assert "run" in fails(capsys, main, "--out_dir", qa1 / "run", *argv)
+    torch.save({"weights": torch.zeros(3)}, qa1 / "run" / "ckpt.pt")
+    assert "run" in fails(capsys, train.main, "--resume", "--out_dir", qa1 / "run")
+    assert "no run" in fails(capsys, sample.main, "--out_dir", tmp_path / "nowhere", "--ask", "Where is Mary?")
+
+
+def test_bad_files_are_named(qa1, capsys):
+    (qa1 / "empty.txt").write_text("")
+    (qa1 / "binary.txt").write_bytes(bytes(range(256)))
+    for name in ("empty.txt", "binary.txt"):
+        assert name in fails(capsys, train.main, *FAST, "--task", "qa1", "--background", qa1 / name, "--out_dir", qa1 / "new")
+        assert name in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--read", qa1 / name, "--ask", "Where is Mary?")
+    assert not (qa1 / "new" / "ckpt.pt").exists()
+    assert "qa1" in fails(capsys, train.main, "--eval_only", "--out_dir", qa1 / "run", "--babi_dir", qa1)
+    broken = next((qa1 / "babi").glob("qa1*"))
+    broken.write_text("1 Mary went to the office.\n3 Where is Mary? \toffice\t1\n")
+    assert "line 2" in fails(capsys, train.main, "--eval_only", "--out_dir", qa1 / "run", "--babi_dir", qa1 / "babi")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. sample.py: a memory that is told, reads, and is asked
+# ---------------------------------------------------------------------------------------------------------------------
+
+def reader_of(folder):
+    config, model, _ = train.load(folder)
+    return sample.Reader(model, train.make_task(config).words, "cpu")
+
+
+def test_telling_in_two_calls_equals_telling_in_one_and_asking_changes_nothing(qa1):
+    one, two = reader_of(qa1 / "run"), reader_of(qa1 / "run")
+    text = (qa1 / "book.txt").read_text()[:3000]
+    cut = text.index(" ", 1111)
+    one.tell(text)
+    two.tell(text[:cut])
+    two.ask("Where is Mary?")
+    two.ask("Where is John?")
+    two.tell(text[cut:])
+    assert one.words_read == two.words_read == babilong.Words.count(two.words.encode(text))
+    assert torch.equal(one.tail, two.tail)
+    assert torch.allclose(one.ask("Where is Mary?"), two.ask("Where is Mary?"), atol=1e-6)
+
+
+def test_reading_a_file_equals_telling_its_text(qa1):
+    one, two = reader_of(qa1 / "run"), reader_of(qa1 / "run")
+    text = "Ä" * 7 + " " + (qa1 / "book.txt").read_text() * 8       # several blocks of 64 kB, and a letter of two bytes
+    (qa1 / "long.txt").write_text(text, encoding="utf-8")
+    one.tell(text)
+    two.read(qa1 / "long.txt")
+    assert one.words_read == two.words_read and torch.equal(one.tail, two.tail)
+    assert torch.allclose(one.ask("Where is Mary?"), two.ask("Where is Mary?"), atol=1e-6)
+
+
+def test_a_saved_memory_answers_tomorrow(qa1, capsys):
+    base = ["--out_dir", str(qa1 / "run"), "--json"]
+    facts = ["--facts", "Mary went to the kitchen. John moved to the garden."]
+    ask = ["--ask", "Where is Mary?", "Where is John?"]
+    sample.main([*base, *facts, "--read", str(qa1 / "book.txt"), *ask])
+    today = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    sample.main([*base, *facts, "--read", str(qa1 / "book.txt"), "--save_state", str(qa1 / "memory.pt")])
+    before = (qa1 / "memory.pt").read_bytes()
+    sample.main([*base, "--load_state", str(qa1 / "memory.pt"), *ask])
+    tomorrow = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (qa1 / "memory.pt").read_bytes() == before
+    assert len(today) == 2 and {"answer", "probability", "words_read", "state_floats", "seconds"} <= set(today[0])
+    for a, b in zip(today, tomorrow):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert today[0]["words_read"] == 10 + babilong.Words.count(babilong.Words().encode((qa1 / "book.txt").read_text()))
+
+
+def test_a_memory_of_another_model_is_refused(qa1, capsys):
+    train.main([*FAST, "--task", "qa1", "--stages", "2/0", "--learned", "0", "--eval_lengths", "0", "--seed", "1",
+                "--out_dir", str(qa1 / "other")])
+    sample.main(["--out_dir", str(qa1 / "other"), "--facts", "Mary went to the office.", "--save_state", str(qa1 / "m.pt")])
+    assert "another model" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--load_state", qa1 / "m.pt", "--ask", "Where?")
+    assert "m2.pt" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--load_state", qa1 / "m2.pt", "--ask", "Where?")
+    assert "book" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--load_state", qa1 / "book.txt", "--ask", "Where?")
+
+
+def test_an_unknown_word_in_a_fact_is_a_warning(qa1, capsys):
+    sample.main(["--out_dir", str(qa1 / "run"), "--facts", "Napoleon went to the kitchen.", "--ask", "Where is Napoleon?"])
+    captured = capsys.readouterr()
+    assert captured.err.count("'Napoleon'") == 2 and "Where is Napoleon?" in captured.out
+
+
+def test_a_conversation(qa1, capsys, monkeypatch):
+    lines = iter(["Mary went to the kitchen.", "Where is Mary?", f"read {qa1 / 'book.txt'}", "read nowhere.txt", "forget", "hm", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    sample.main(["--out_dir", str(qa1 / "run")])
+    out = capsys.readouterr().out
+    assert "Where is Mary?" in out and "words in" in out and "nowhere.txt" in out
+
+
+def test_every_kind_of_run_can_be_sampled(tmp_path, capsys):
+    for task, stage in (("remember", "2"), ("rewrite", "2"), ("text", "16")):
+        train.main([*FAST, "--task", task, "--stages", stage, "--eval_lengths", stage, "--out_dir", str(tmp_path / task)])
+        capsys.readouterr()
+        sample.main(["--out_dir", str(tmp_path / task), "--samples", "3", "--tokens", "20", "--prompt", "The"])
+        out = capsys.readouterr().out
+        assert out.count("->") == 3 if task != "text" else out.startswith("The")
+
+
+SHIPPED = Path(train.__file__).parent / "data" / "pretrained" / "qa1"
+
+
+def test_the_shipped_memory_answers_and_is_small(capsys):
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 1_000_000
+    sample.main(["--json", "--facts", "Mary went to the kitchen. John moved to the garden. Mary travelled to the office.",
+                 "--ask", "Where is Mary?", "Where is John?"])
+    assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == ["office", "garden"]
+
+
+def test_the_shipped_memory_cannot_be_trained_further(capsys):
+    assert "cannot be continued" in fails(capsys, train.main, "--resume", "--out_dir", SHIPPED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The README, and learning itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_every_readme_command_parses():
+    text = (Path(train.__file__).parent / "README.md").read_text().replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S) + re.findall(r"`(python [^`\n]+)`", text))
+    commands = re.findall(r"python (train|sample)\.py(.*?)(?:#.*)?$", blocks, re.M)
+    assert len(commands) > 10
+    for program, rest in commands:
+        argv = shlex.split(rest)
+        if program == "train":
+            switches, given = train.parse(argv)
+            if not (switches.eval_only or switches.export or switches.table):
+                for config in train.grid(switches.preset, given):
+                    train.check(config)
+        else:
+            sample.make_parser().parse_args(argv)
+
+
+def test_the_memory_in_the_readme_trains_streams_and_is_causal(tmp_path):
+    text = (Path(train.__file__).parent / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class Fade" in block)
+    argv = [*FAST, "--stages", "2", "--eval_lengths", "2", "--out_dir", str(tmp_path / "fade")]
+    try:
+        exec(code.replace('train.main([', f'train.main({argv} + ['), {"__name__": "readme"})
+        assert rows_of(tmp_path / "fade", "final")
+        model = GPT(GPTConfig(memory="fade", vocab_size=20, segment_len=4, n_embd=16))
+        idx = torch.randint(20, (2, 12))
+        whole, _, _ = model(idx, targets=idx)
+        _, _, state = model(idx[:, :8])
+        assert torch.allclose(model(idx[:, 8:], state=state)[0][:, -1], whole[:, -1], atol=1e-6)
+        edited = idx.clone()
+        edited[:, 6] += 1
+        edited %= 20
+        assert torch.equal(model(edited, targets=idx)[0][:, :6], whole[:, :6])
+        assert not torch.equal(model(edited, targets=idx)[0][:, 8:], whole[:, 8:])
+    finally:
+        MEMORIES.pop("fade", None)
+
+
+def test_armt_learns_four_pairs_from_scratch_and_none_does_not(tmp_path):
+    argv = ["--device", "cpu", "--stages", "2,4", "--cooldown", "50", "--eval_lengths", "4", "--eval_samples", "1000", "--out_dir"]
+    train.main([*argv, str(tmp_path / "armt")])
+    assert rows_of(tmp_path / "armt", "eval")[0]["accuracy"] > 0.97
+    train.main([*argv, str(tmp_path / "none"), "--memory", "none", "--stage_steps", "60"])
+    assert rows_of(tmp_path / "none", "eval")[0]["accuracy"] < 0.15          # chance is 1/16

@@ -214,7 +214,8 @@ class QA1:
         """
         most_facts, most_words = stage
         n_facts = int(rng.integers(min(2, most_facts), most_facts + 1)) * int(not going_on or rng.random() < 0.5)
-        length = max(int(rng.integers(most_words + 1)), int(n_facts == 0))          # never nothing at all
+        length = int(most_words * rng.random() ** 2)                                # short ones more often than long
+        length = max(length, int(n_facts == 0))                                     # and never nothing at all
         actor, place, move = babi.qa1_facts(rng, size, n_facts)
         rows = []
         for a, p, m in zip(actor.tolist(), place.tolist(), move.tolist()):

@@ -54,6 +54,11 @@ def batch(rng, size, n_pairs, key_size=1, n_questions=1, rewrite=False):
     return Batch(pairs.reshape(size, -1), questions, answers)
 
 
+def stored_pairs(n_pairs, accuracy):
+    """How many of n pairs are remembered, if the rest is guessed among 16 values (ARMT, appendix B)."""
+    return n_pairs * (ALPHABET * accuracy - 1) / (ALPHABET - 1)
+
+
 class Recall:
     """The task as train.py and sample.py use it. A stage is (n_pairs,); so is the length of an evaluation."""
     vocab_size = VOCAB_SIZE
