@@ -1,7 +1,7 @@
 """
 Use a trained memory: tell it facts, let it read a book, ask.
 
-    python sample.py --facts "Mary went to the kitchen. John moved to the garden." --read book.txt --ask "Where is Mary?"
+    python sample.py --facts "Mary went to the kitchen." --read book.txt --ask "Where is Mary?"
     python sample.py                                        a small conversation at the prompt
     python sample.py --read book.txt --quiz 100             100 times: two or three facts, the book, a question
     python sample.py --read book.txt --save_state book.pt   read once ...
@@ -46,7 +46,7 @@ class Reader:
         self.forget()
 
     def forget(self):
-        self.state, self.words_read = self.model.init_state(1), 0
+        self.state, self.words_read, self.seconds = self.model.init_state(1), 0, 0.0
         self.tail = torch.zeros(1, 0, dtype=torch.long, device=self.device)
 
     def ids(self, text):
@@ -54,13 +54,14 @@ class Reader:
 
     def warn(self, text):
         for word in self.words.unknown(text):
-            print(f"note: the task does not know the word '{word}'; it is read like any word of a book", file=sys.stderr)
+            print(f"note: the task does not know '{word}'; it is read like any word of a book", file=sys.stderr)
 
     def tell(self, text):
         """Read a piece of text. It may stop anywhere between two words: telling in two calls equals telling in one."""
-        idx = self.ids(text)
+        began, idx = time.time(), self.ids(text)
         self.state, self.tail = self.model.read(idx, self.state, self.tail)
         self.words_read += self.words.count(idx.cpu())
+        self.seconds += time.time() - began
 
     def read(self, file):
         """Read a UTF-8 file of any size, piece by piece, with a progress bar. If it fails, nothing was read."""
@@ -115,16 +116,17 @@ class Reader:
 
 
 def reply(reader, question, as_json):
-    """Ask and print."""
+    """Ask and print. The seconds are those of reading and answering."""
     began = time.time()
     reader.warn(question)
     probability, best = reader.ask(question).topk(4)
     names = [reader.words.name(i) for i in best.tolist()]
     others = dict(zip(names[1:], (round(p, 4) for p in probability[1:].tolist())))
     if as_json:
-        print(json.dumps(dict(question=question, answer=names[0], probability=round(probability[0].item(), 4),
-                              alternatives=others, words_read=reader.words_read,
-                              state_floats=state_floats(reader.state), seconds=round(time.time() - began, 4))))
+        print(json.dumps(dict(question=question, answer=names[0], alternatives=others,
+                              probability=round(probability[0].item(), 4), words_read=reader.words_read,
+                              state_floats=state_floats(reader.state),
+                              seconds=round(reader.seconds + time.time() - began, 4))))
     else:
         print(f"{question}  {names[0]}  ({probability[0].item():.1%}; "
               f"{', '.join(f'{name} {p:.1%}' for name, p in others.items())})")
@@ -169,7 +171,8 @@ def quiz(reader, task, files, n):
         at = babi.last_places(actor[None, :told], place[None, :told])[0, who]
         questions.append(Question([np.array(facts), *text], task.words.encode(f"Where is {babi.ACTORS[who]}?"),
                                   task.words.id(babi.PLACES[at])))
-    with tqdm(total=sum(len(p) for q in questions for p in q.context), desc="reading", unit="tok", unit_scale=True) as bar:
+    tokens = sum(len(piece) for q in questions for piece in q.context)
+    with tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True) as bar:
         said = answer(reader.model, questions, reader.device, bar)
     right = sum(a == q.answer for a, q in zip(said, questions))
     print(f"{right} of {n} right after {sum(map(task.words.count, text)):,} words")

@@ -51,6 +51,7 @@ class Config(GPTConfig):
     key_size: int = 1                # recall: symbols in a key, so 16^key_size keys
     questions: int = 4               # recall: questions asked of one read
     buckets: int = 1024              # qa1: ids shared by all words that are in no bAbI task
+    cut: float = 0.0                 # qa1: share of batches with background that are cut in two anywhere
     carry: float = 0.0               # qa1, rewrite: share of rows that read on in the last stage
     batch_size: int = 64             # rows in a batch
     optimizer: str = "muon"          # muon (for the matrices in the blocks, adamw for the rest), adamw
@@ -79,7 +80,7 @@ PRESETS = {
         eval_lengths="16,50,100,200,500"),
     "qa1": dict(
         task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=32, lr=1e-3, muon_lr=5e-3,
-        stages="2/0,3/0,4/0,6/0,10/0,10/64,10/128,10/512", carry=0.98, cooldown=2500,
+        stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, cooldown=2500,
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "text": dict(
         task="text", n_layer=3, stages="512", batch_size=16, stage_steps=1000,
@@ -143,13 +144,15 @@ def grid(preset, given):
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
         if chosen.get("task", "remember") not in TASKS:
-            raise ValueError(f"--task: there is no '{chosen['task']}'; choose one of {', '.join(TASKS)}")
+            raise ValueError(f"--task: there is no '{chosen['task']}'; choose one of "
+                             f"{', '.join(TASKS)}")
         kind = preset or chosen.get("task", "remember")
         c = Config(**{**PRESETS[kind], **chosen})
-        parts = [kind, c.memory] + [c.ablate] * (c.ablate != "nothing")
+        parts = [kind, c.memory] + [c.ablate] * ("ablate" in chosen)
         parts += [f"{n}{getattr(c, n)}" for n in varied if n not in named]
         name = "-".join([*parts, f"seed{c.seed}"])
-        c.out_dir = str(Path(c.out_dir, name) if varied and c.out_dir else c.out_dir or Path("out", name))
+        if varied or not c.out_dir:
+            c.out_dir = str(Path(c.out_dir or "out", name))
         configs.append(c)
     return configs
 
@@ -162,14 +165,14 @@ def numbers(name, value):
     try:
         return [tuple(map(number, part.split("/"))) for part in value.split(",")]
     except ValueError:
-        example = getattr(Config, name)
-        raise ValueError(f"--{name}: '{value}' is not a list of whole numbers such as {example}") from None
+        raise ValueError(f"--{name}: '{value}' is not a list of whole numbers such as "
+                         f"{getattr(Config, name)}") from None
 
 
 def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), cooldown=(0, math.inf), key_size=(1, 4),
-                  questions=(1, math.inf), buckets=(1, math.inf), carry=(0, 1), dropout=(0, 0.99),
+                  questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1), dropout=(0, 0.99),
                   batch_size=(1, math.inf), lr=(0, math.inf), muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
                   eval_batch=(0, math.inf))
@@ -276,7 +279,7 @@ class Run:
         self.optimizers = self.make_optimizers()
         self.at = dict(step=0, stage=0, stage_step=0, accuracy=0.0, loss=0.0, seconds=0.0,
                        cooling=False, done=False, learned=False)
-        self.state = self.known = None       # --carry: each row's memory, and the answers it should know
+        self.state = self.known = None       # --carry: each row's memory, and the answers it holds
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
@@ -325,6 +328,10 @@ class Run:
         if going_on:
             state = self.first_state(rng, len(context))
             answers = torch.where(answers < 0, self.known, answers)      # what was told before holds
+        if c.task == "qa1" and stage[1] and context.size(1) > 1 and rng.random() < c.cut:
+            end = int(rng.integers(1, context.size(1)))                  # a fact may end up in two segments
+            _, _, state = self.model(context[:, :end], state=state)
+            context = context[:, end:]
         _, _, state = self.model(context, state=state)
         if carrying:
             self.state, self.known = state_map(torch.Tensor.detach, state), answers
@@ -407,8 +414,8 @@ class Run:
             bar.close()
         self.save()
         if at["done"] and not at["learned"]:
-            print(f"stage {names[at['stage']]} was not learned (--stage_steps gives it more time): accuracy "
-                  f"{at['accuracy']:.1%}, loss {at['loss']:.2f}, like a guess among "
+            print(f"stage {names[at['stage']]} was not learned (--stage_steps gives it more time): "
+                  f"accuracy {at['accuracy']:.1%}, loss {at['loss']:.2f}, like a guess among "
                   f"{math.exp(at['loss']):.1f} answers")
         return at["done"]
 
@@ -436,14 +443,16 @@ def evaluate_questions(model, task, config, length, n, device, files):
         questions, left_out = task.questions(length, n)
     size = config.eval_batch or config.batch_size
     tokens, said = sum(len(piece) for q in questions for piece in q.context), []
-    with tqdm(total=tokens, desc=f"{length} {task.unit}", unit="tok", unit_scale=True, leave=False) as bar:
+    with tqdm(total=tokens, desc=f"{length} {task.unit}", unit="tok", unit_scale=True,
+              leave=False) as bar:
         for start in range(0, len(questions), size):
             said += answer(model, questions[start:start + size], device, bar)
     right = sum(a == q.answer for a, q in zip(said, questions))
     if questions:
         q = questions[-1]
         shown = task.show([*q.context[-1][-40:], *q.question])[-80:]
-        print(f"{length} {task.unit}: ...{shown} -> {task.show(said[-1:])} (right: {task.show([q.answer])})")
+        print(f"{length} {task.unit}: ...{shown} -> {task.show(said[-1:])} "
+              f"(right: {task.show([q.answer])})")
     accuracy = right / max(1, len(questions))
     row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=tokens)
     if config.task == "remember":
@@ -458,7 +467,8 @@ def evaluate_text(model, task, length, n, device):
     idx, targets = (torch.tensor(part, device=device) for part in batch)
     logits, loss, _ = model(idx, targets)
     right = (logits.argmax(-1) == targets).float().mean().item()
-    return dict(accuracy=round(right, 5), loss=round(loss.item(), 5), n=targets.numel(), tokens=idx.numel())
+    return dict(accuracy=round(right, 5), loss=round(loss.item(), 5), n=targets.numel(),
+                tokens=idx.numel())
 
 
 def evaluate(model, task, config, device, at, files=None):
@@ -483,7 +493,7 @@ def evaluate(model, task, config, device, at, files=None):
 
 
 def table(results):
-    """Print [(config, final row, eval rows)], a line for each kind of run: mean and spread over seeds."""
+    """Print [(config, final row, eval rows)], one line a kind of run: mean and spread over seeds."""
     kinds = {}
     for config, final, rows in results:
         name = Path(config.out_dir).name
@@ -491,8 +501,8 @@ def table(results):
         kinds.setdefault(re.sub(r"-?seed\d+$", "", name) or name, []).append((final, accuracy))
     lengths = sorted({length for runs in kinds.values() for _, accuracy in runs for length in accuracy})
     width = max([len("accuracy, %"), *map(len, kinds)])
-    print("\n" + "  ".join([f"{'accuracy, %':{width}}", "seeds", "parameters", "state floats", "minutes",
-                            *[f"{length:>11,}" for length in lengths]]))
+    print("\n" + "  ".join([f"{'accuracy, %':{width}}", "seeds", "parameters", "state floats",
+                            "minutes", *[f"{length:>11,}" for length in lengths]]))
     for kind, runs in kinds.items():
         finals = [final for final, _ in runs]
         cells = []
@@ -533,11 +543,11 @@ def one_run(config, given, resume, alone):
     if (folder / "ckpt.pt").exists():
         saved, _, checkpoint = load(folder, device)
         if alone and not resume:
-            raise ValueError(f"{folder} holds a run already; --resume goes on with it, --out_dir chooses "
-                             f"another folder")
+            raise ValueError(f"{folder} holds a run already; --resume goes on with it, --out_dir "
+                             f"chooses another folder")
         if "optimizers" not in checkpoint:
-            raise ValueError(f"{folder} holds weights only: it can be used (sample.py, --eval_only) but "
-                             f"cannot be continued")
+            raise ValueError(f"{folder} holds weights only: it can be used (sample.py, --eval_only) "
+                             f"but cannot be continued")
         for name in given:
             if name not in ASIDE and getattr(saved, name) != getattr(config, name):
                 raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not "
