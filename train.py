@@ -10,7 +10,7 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --task text --background a.txt    the bytes of any text
     python train.py --task qa1 --eval_only --eval_lengths 0,1k,16k --babi_dir DIR --background b.txt
 
-A run is a curriculum. It begins with the easiest stage and goes on when a stage is learned; on the
+A run is a curriculum. It begins with the easiest stage and goes on when a stage is learned; in the
 last one the step size falls to zero; then it is evaluated, far beyond the lengths it was trained on.
 It lives in a folder: config.json, ckpt.pt, metrics.jsonl. Ctrl-C saves it, --resume goes on to the
 very same numbers.
@@ -45,9 +45,9 @@ class Config(GPTConfig):
     words: list = ()                 # qa1: the words with ids of their own; set by the task
     task: str = "remember"           # remember, rewrite, qa1 or text
     stages: str = "2,4,8,16"         # the curriculum: pairs (recall), facts/words (qa1), bytes (text)
-    stage_steps: int = 3000          # most steps in a stage; a stage not learned by then is the last
+    stage_steps: int = 3000          # most steps of any other stage; if they are used up, the run ends
     learned: float = 0.98            # running accuracy at which a stage is learned
-    cooldown: int = 100              # further steps on the last stage, the step size falling to zero
+    last_steps: int = 200            # steps of the last stage, in which the step size falls to zero
     key_size: int = 1                # recall: symbols in a key, so 16^key_size keys
     questions: int = 4               # recall: questions asked of one read
     buckets: int = 1024              # qa1: ids shared by all words that are in no bAbI task
@@ -80,10 +80,10 @@ PRESETS = {
         eval_lengths="16,50,100,200,500"),
     "qa1": dict(
         task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=32, lr=1e-3, muon_lr=5e-3,
-        stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, cooldown=2500,
+        stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, last_steps=3000,
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "text": dict(
-        task="text", n_layer=3, stages="512", batch_size=16, stage_steps=1000,
+        task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, last_steps=1000,
         eval_lengths="64,512,4k", eval_samples="64"),
 }
 TASKS = ("remember", "rewrite", "qa1", "text")
@@ -171,7 +171,7 @@ def numbers(name, value):
 
 def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
-    ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), cooldown=(0, math.inf), key_size=(1, 4),
+    ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
                   questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1), dropout=(0, 0.99),
                   batch_size=(1, math.inf), lr=(0, math.inf), muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
@@ -278,7 +278,7 @@ class Run:
         config.n_mem, config.d_mem = self.model.config.n_mem, self.model.config.d_mem
         self.optimizers = self.make_optimizers()
         self.at = dict(step=0, stage=0, stage_step=0, accuracy=0.0, loss=0.0, seconds=0.0,
-                       cooling=False, done=False, learned=False)
+                       done=False, learned=False)
         self.state = self.known = None       # --carry: each row's memory, and the answers it holds
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
@@ -316,7 +316,7 @@ class Run:
 
     def loss(self, rng, stage):
         """The loss and the share of right answers on one batch: read once, ask all that is known."""
-        c, carrying = self.config, self.config.carry > 0 and self.at["stage"] == len(self.stages) - 1
+        c, carrying = self.config, self.config.carry > 0 and self.on_last_stage()
         going_on = carrying and self.state is not None
         batch = self.task.batch(rng, c.batch_size, stage, going_on=going_on)
         batch = [torch.tensor(part, device=self.device) for part in batch]
@@ -347,8 +347,8 @@ class Run:
         """One step of the optimizers, then on through the curriculum."""
         at, c, began = self.at, self.config, time.time()
         speed = min(1.0, (at["step"] + 1) / (c.warmup + 1))
-        if at["cooling"]:
-            speed *= 1 - at["stage_step"] / c.cooldown
+        if self.on_last_stage():
+            speed *= 1 - at["stage_step"] / c.last_steps
         for optimizer, peak in zip(self.optimizers, (c.lr, c.muon_lr)):
             optimizer.param_groups[0]["lr"] = peak * speed
         rng = generator(c.seed, "train", at["stage"], at["step"])
@@ -368,14 +368,15 @@ class Run:
         at["seconds"] += time.time() - began
         return at["loss"], accuracy.item()
 
+    def on_last_stage(self):
+        return self.at["stage"] + 1 == len(self.stages)
+
     def move_on(self):
-        """The curriculum: the next stage when this one is learned, and a cool-down after the last."""
+        """The curriculum: a stage that is learned makes way for the next; the last one has its time."""
         at, c = self.at, self.config
-        learned, last = at["accuracy"] >= c.learned, at["stage"] + 1 == len(self.stages)
-        if at["cooling"]:
-            at.update(learned=learned, done=at["stage_step"] >= c.cooldown)
-        elif last and (learned or at["stage_step"] >= c.stage_steps):
-            at.update(learned=learned, stage_step=0, cooling=c.cooldown > 0, done=c.cooldown == 0)
+        learned = at["accuracy"] >= c.learned
+        if self.on_last_stage():
+            at.update(learned=learned, done=at["stage_step"] >= c.last_steps)
         elif learned:
             at.update(stage=at["stage"] + 1, stage_step=0, accuracy=0.0)
         elif at["stage_step"] >= c.stage_steps:
@@ -384,8 +385,8 @@ class Run:
     def most_steps(self):
         """Steps until the end of the run if no further stage is learned early."""
         at, c = self.at, self.config
-        stages = 0 if at["cooling"] else c.stage_steps * (len(self.stages) - at["stage"])
-        return at["step"] - at["stage_step"] + stages + c.cooldown
+        others = len(self.stages) - 1 - at["stage"]
+        return at["step"] - at["stage_step"] + others * c.stage_steps + c.last_steps
 
     def train(self):
         """Step until done, with a bar, a log and checkpoints. False when Ctrl-C stopped it."""
@@ -395,17 +396,16 @@ class Run:
         bar = tqdm(initial=at["step"], desc=self.folder.name, unit="step", dynamic_ncols=True)
         try:
             while not at["done"] and not stop:
-                before = at["stage"], at["cooling"]
+                stage = at["stage"]
                 loss, accuracy = self.step()
-                moved = before != (at["stage"], at["cooling"])
                 bar.total = self.most_steps()
-                bar.set_postfix_str(f"stage {names[before[0]]}{' cooling' * before[1]} loss {loss:.3f} "
-                                    f"acc {at['accuracy']:.1%}", refresh=False)
+                bar.set_postfix_str(f"stage {names[stage]} loss {loss:.3f} acc {at['accuracy']:.1%}",
+                                    refresh=False)
                 bar.update()
-                if at["step"] % 25 == 0 or at["done"] or moved:
-                    add_metrics(self.folder, at, "train", stage=before[0], loss=round(loss, 5),
+                if at["step"] % 25 == 0 or at["done"] or stage != at["stage"]:
+                    add_metrics(self.folder, at, "train", stage=stage, loss=round(loss, 5),
                                 accuracy=round(accuracy, 5))
-                if moved or time.time() - saved > 60:
+                if stage != at["stage"] or time.time() - saved > 60:
                     self.save()
                     saved = time.time()
         finally:
@@ -414,7 +414,8 @@ class Run:
             bar.close()
         self.save()
         if at["done"] and not at["learned"]:
-            print(f"stage {names[at['stage']]} was not learned (--stage_steps gives it more time): "
+            flag = "--last_steps" if self.on_last_stage() else "--stage_steps"
+            print(f"stage {names[at['stage']]} was not learned ({flag} gives it more time): "
                   f"accuracy {at['accuracy']:.1%}, loss {at['loss']:.2f}, like a guess among "
                   f"{math.exp(at['loss']):.1f} answers")
         return at["done"]
