@@ -54,9 +54,9 @@ class Config(GPTConfig):
     cut: float = 0.0                 # qa1: share of batches with background that are cut in two anywhere
     carry: float = 0.0               # qa1, rewrite: share of rows that read on in the last stage
     batch_size: int = 64             # rows in a batch
-    optimizer: str = "muon"          # muon (for the matrices in the blocks, adamw for the rest), adamw
-    lr: float = 2e-3                 # peak step size of adamw
-    muon_lr: float = 1e-2            # peak step size of muon
+    optimizer: str = "muon"          # muon (between embedding and head; adamw for the rest) or adamw
+    lr: float = 2e-3                 # largest step size of adamw
+    muon_lr: float = 1e-2            # largest step size of muon
     weight_decay: float = 1e-3       # pull of all weights towards zero
     warmup: int = 100                # steps in which the step size rises from zero
     clip: float = 1.0                # largest norm of a gradient
@@ -172,8 +172,9 @@ def numbers(name, value):
 def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
-                  questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1), dropout=(0, 0.99),
-                  batch_size=(1, math.inf), lr=(0, math.inf), muon_lr=(0, math.inf), seed=(0, math.inf),
+                  questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1),
+                  dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
+                  muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
                   eval_batch=(0, math.inf))
     for name, (low, high) in ranges.items():
@@ -288,7 +289,7 @@ class Run:
             torch.set_rng_state(checkpoint["rng"].cpu())
 
     def make_optimizers(self):
-        """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+        """AdamW for all, or Muon for the matrices between embedding and head and AdamW for the rest."""
         c = self.config
         matrices = [p for p in self.model.memory.parameters() if p.ndim == 2 and min(p.shape) > 1]
         if c.optimizer == "adamw":
