@@ -1074,6 +1074,13 @@ def test_qa1_is_evaluated_at_the_exact_length_on_passages_held_back(tmp_path):
     assert len(task.questions(0, 7)[0]) == 7
 
 
+def test_a_text_with_neither_facts_nor_length_still_has_a_word():
+    task = babilong.QA1(babilong.Words())
+    batches = [task.batch(generator(0, "train", i), 2, (2, 1), going_on=True) for i in range(12)]
+    assert any((b.answers == -1).all() for b in batches), "none of them was without facts"
+    assert all(b.context.shape[1] >= 1 for b in batches)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The data: bytes
 # ---------------------------------------------------------------------------------------------------------------------

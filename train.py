@@ -77,7 +77,7 @@ PRESETS = {
         eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
     "rewrite": dict(
         task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50",
-        eval_lengths="16,50,100,200,500"),
+        eval_lengths="16,50,100,200,500", eval_samples="500"),
     "qa1": dict(
         task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=32, lr=1e-3, muon_lr=5e-3,
         stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, last_steps=3000,
