@@ -240,7 +240,7 @@ class RMT(Layered):
         for block in self.blocks:
             x, _ = block(x)
         h = self.ln_f(x)
-        return h[:, M:-M], h[:, -M:]                                         # (B, T, C), (B, M, C)
+        return h[:, M:-M], h[:, -M:].clone()                                         # (B, T, C), (B, M, C)
 
 
 # --------------------------------------------------------------------------------------------------
