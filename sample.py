@@ -217,6 +217,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
+    torch.set_flush_denormal(True)                                     # as in train.py
     try:
         device, _ = pick_device(args.device)
         config, model, _ = load(args.out_dir, device)

@@ -43,7 +43,11 @@ torch.set_num_threads(1)         # nothing here is large enough to be worth a se
 # ---------------------------------------------------------------------------------------------------------------------
 
 V, T, C, L = 20, 4, 16, 2                                    # words, segment, width, layers of the models below
-WORDS = ["no_gamma", "no_delta", "elu", "unit", "no_denom"]                            # what armt can leave out
+WORDS = dict(                                                                          # what a memory can leave out
+    armt=["no_gamma", "no_delta", "elu", "unit", "no_denom"],
+    bswa=["stop_gradient"],
+    fam=["no_ff", "no_copy", "keep_first", "sum_fam", "stop_gradient"],
+    lm2=["no_output_gate", "no_input_gate", "no_forget_gate"])
 
 
 class MineBlock(armt.Block):
@@ -79,14 +83,15 @@ def every_memory(test):
 
 
 def every_variant(test):
-    cases = [(m, "nothing") for m in [*MEMORIES, "mine"]] + [("armt", w) for w in [*WORDS, "unit+no_denom"]]
+    cases = [(m, "nothing") for m in [*MEMORIES, "mine"]] + [("armt", "unit+no_denom")]
+    cases += [(memory, word) for memory, words in WORDS.items() for word in words]
     return pytest.mark.usefixtures("mine")(pytest.mark.parametrize("memory, ablate", cases)(test))
 
 
 def tiny(memory, ablate="nothing", **other):
     """A seeded model of 2 layers, in which no weight sits at a 0 or a 1 where it could not be missed."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=V, segment_len=T, n_layer=L, n_head=2, n_embd=C, n_mem=2, d_mem=3)
+    sizes = dict(vocab_size=V, segment_len=T, n_layer=L, n_head=2, n_embd=C, n_mem=2, d_mem=3, window=1)
     model = GPT(GPTConfig(memory=memory, ablate=ablate, **sizes | other))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -95,6 +100,11 @@ def tiny(memory, ablate="nothing", **other):
 
 def some_text(n, rows=2, seed=1):
     return torch.randint(V, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def reach(memory):
+    """How many segments back a memory of `tiny` can see: in bswa each of L layers adds its window of one."""
+    return dict(none=0, bswa=L).get(memory, math.inf)
 
 
 def all_logits(model, idx, state=None):
@@ -118,7 +128,7 @@ def assert_same(a, b):
 
 @every_variant
 def test_the_future_is_invisible(memory, ablate):
-    model, idx = tiny(memory, ablate), some_text(15)                       # three full segments and a short one
+    model, idx = tiny(memory, ablate), some_text(19)                       # four full segments and a short one
     before = all_logits(model, idx)
     for edit in (1, 3, 4, 6, 12):
         other = idx.clone()
@@ -126,9 +136,9 @@ def test_the_future_is_invisible(memory, ablate):
         after = all_logits(model, other)
         assert torch.equal(after[:, :edit], before[:, :edit]), f"token {edit} was seen before it was read"
         assert not torch.equal(after[:, edit], before[:, edit])
-        for start in range(edit // T * T + T, 15, T):                      # the segments that follow
-            segment = slice(start, start + T)
-            assert torch.equal(after[:, segment], before[:, segment]) == (memory == "none")
+        for start in range(edit // T * T + T, 19, T):                      # the segments that follow
+            segment, distance = slice(start, start + T), start // T - edit // T
+            assert torch.equal(after[:, segment], before[:, segment]) == (distance > reach(memory))
 
 
 @every_variant
@@ -181,7 +191,8 @@ def test_the_gradient_of_the_last_segment_reaches_the_first(memory, ablate):
         (gradient,) = torch.autograd.grad(loss, model.wte.weight)
         assert gradient.abs().sum() > 0
         reached = gradient[V - 1].abs().max()
-        assert reached == 0 if memory == "none" else reached > 1e-9
+        cut_off = memory == "none" or (memory, ablate) == ("bswa", "stop_gradient")
+        assert reached == 0 if cut_off else reached > 1e-9
 
 
 @every_variant
@@ -208,6 +219,8 @@ def test_what_was_read_long_ago_can_be_learned(memory):
         loss.backward()
         optimizer.step()
     assert loss >= math.log(4) - 1e-4 if memory == "none" else loss < 0.3         # one of four: all that none can say
+    _, loss, _ = model(idx[:, -T:], targets[:, -T:])
+    assert loss >= math.log(4) - 1e-4                                             # so it was in the state, and only there
 
 
 @every_variant
@@ -367,7 +380,7 @@ def armt_by_hand(p, row, words, nu, n_mem, first):
 
 
 @pytest.mark.parametrize("ablate, nu", [("nothing", 3), ("nothing", 1), ("unit+no_denom", 2), ("no_gamma+no_delta", 3),
-                                        *((word, 3) for word in WORDS)])
+                                        *((word, 3) for word in WORDS["armt"])])
 def test_armt_is_the_paper_token_by_token(ablate, nu):
     """
     Forward and backward. armt.py treats the first segment like all others, the paper apart. The two differ by the 1e-5
@@ -383,6 +396,177 @@ def test_armt_is_the_paper_token_by_token(ablate, nu):
         (-by_hand.log_softmax(-1).gather(2, idx[..., None]).mean()).backward()
         for name, w in model.named_parameters():
             assert_close(w.grad, p[name].grad, tolerance)
+
+
+def turned(x, position):
+    """One vector (d,) at one position."""
+    angle = position / 10000 ** (torch.arange(len(x) // 2) / (len(x) // 2)).double()
+    z = torch.complex(x[:len(x) // 2], x[len(x) // 2:]) * torch.exp(1j * angle)
+    return torch.cat((z.real, z.imag))
+
+
+def look(q, seen, position=None, n_head=2):
+    """One query (C,) at a position looks at a list of (position, key, value): (C,). Without positions, None."""
+    heads = []
+    for part in torch.arange(C).chunk(n_head):
+        place = (lambda x, at: x[part]) if position is None else (lambda x, at: turned(x[part], at))
+        weight = [torch.exp(place(q, position) @ place(k, at) / math.sqrt(len(part))) for at, k, _ in seen]
+        heads.append(sum(w * v[part] for w, (_, _, v) in zip(weight, seen)) / sum(weight))
+    return torch.cat(heads)
+
+
+def feed(p, name, x):
+    """The MLP and its residual, for one token (C,)."""
+    h = p[name + ".mlp.c_fc.weight"] @ norm(p, name + ".ln_2", x)
+    return x + p[name + ".mlp.c_proj.weight"] @ (h * (1 + torch.erf(h / math.sqrt(2))) / 2)
+
+
+def fam_by_hand(p, row, words, n_mem, window):
+    """Algorithm 2, row by row, with a clock that never stops: row (N,) -> logits (N, V)"""
+    names = [f"memory.blocks.{layer}" for layer in range(L)]
+
+    def project(name, rows):
+        return [(p[name + ".attn.c_attn.weight"] @ norm(p, name + ".ln_1", x)).chunk(3) for x in rows]
+
+    def out(name, y):
+        return p[name + ".attn.c_proj.weight"] @ y
+
+    fam, prompt = [], list(p["memory.mem"])
+    for name in names:                                       # the prompt climbs alone, its rows see each other
+        fam.append(prompt)
+        rows = project(name, prompt)
+        seen = [(i, k, v) for i, (_, k, v) in enumerate(rows)]
+        prompt = [feed(p, name, x + out(name, look(q, seen, i))) for i, (x, (q, _, _)) in enumerate(zip(prompt, rows))]
+    caches, logits = [[] for _ in names], []
+    for start in range(0, len(row), T):
+        x = list(p["wte.weight"][row[start:start + T]])
+        for layer, name in enumerate(names):
+            cache, rows, tokens = caches[layer], project(name, fam[layer]), project(name, x)
+            before = [(start - n_mem + i, k, v) for i, (_, k, v) in enumerate(rows)]     # the last places before
+            now = [(start + t, k, v) for t, (_, k, v) in enumerate(tokens)]
+            if "sum_fam" in words:
+                rows = project(name, p[name + ".query"])
+            said = [out(name, look(q, cache + before + now[:t + 1], start + t)) for t, (q, _, _) in enumerate(tokens)]
+            kept = [out(name, look(q, before + now, start - n_mem + i)) for i, (q, _, _) in enumerate(rows)]
+            if (start or "keep_first" in words) and not words & {"no_copy", "sum_fam"}:
+                kept = [a + f for a, f in zip(kept, fam[layer])]
+            fam[layer] = kept if "no_ff" in words else [feed(p, name, a) for a in kept]
+            x = [feed(p, name, i + a) for i, a in zip(x, said)]
+            caches[layer] = (cache + now)[-window * T:] if window else []
+            if "stop_gradient" in words:
+                caches[layer] = [(at, k.detach(), v.detach()) for at, k, v in caches[layer]]
+        logits += [p["lm_head.weight"] @ norm(p, "memory.ln_f", t) for t in x]
+    return torch.stack(logits)
+
+
+def lm2_by_hand(p, row, words, n_mem, mem_layers):
+    """The equations of the banner, token by token and slot by slot: row (N,) -> logits (N, V)"""
+    banks, logits = [list(torch.eye(n_mem, C).double())] * L, []
+    for part in row.split(T):
+        x = list(p["wte.weight"][part])
+        for layer, name in enumerate(f"memory.blocks.{layer}" for layer in range(L)):
+
+            def ask(which, asking, asked):
+                W_Q, W_K, W_V = (p[f"{name}.{which}.W_{letter}.weight"] for letter in "QKV")
+                return [look(W_Q @ a, [(None, W_K @ b, W_V @ b) for b in asked]) for a in asking]
+
+            def gate(which, h):
+                if f"no_{which}_gate" in words:
+                    return 1
+                W, b = p[f"{name}.gates.{which}.W.weight"], p[f"{name}.gates.{which}.b"]
+                return 1 / (1 + torch.exp(-(W @ h + b)))
+
+            qkv = [(p[name + ".attn.c_attn.weight"] @ norm(p, name + ".ln_1", t)).chunk(3) for t in x]
+            seen = [(i, k, v) for i, (_, k, v) in enumerate(qkv)]
+            a = [p[name + ".attn.c_proj.weight"] @ look(q, seen[:i + 1], i) for i, (q, _, _) in enumerate(qkv)]
+            y = a
+            if layer < mem_layers:
+                bank = banks[layer]
+                y = [t + gate("output", e) * e for t, e in zip(a, ask("read", a, bank))]
+                banks[layer] = [gate("input", u) * torch.tanh(u) + gate("forget", u) * slot
+                                for u, slot in zip(ask("write", bank, a), bank)]
+            x = [feed(p, name, i + t) for i, t in zip(x, y)]
+        logits += [p["lm_head.weight"] @ norm(p, "memory.ln_f", t) for t in x]
+    return torch.stack(logits)
+
+
+def assert_equal_by_hand(model, by_hand):
+    """Logits, and the gradient of the loss for every parameter, of the model and of by_hand(p, row)."""
+    idx = some_text(3 * T + 2)
+    logits, loss, _ = model(idx, idx)
+    loss.backward()
+    p = {name: w.detach().clone().requires_grad_() for name, w in model.state_dict().items()}
+    expected = torch.stack([by_hand(p, row) for row in idx])
+    assert_close(logits, expected)
+    (-expected.log_softmax(-1).gather(2, idx[..., None]).mean()).backward()
+    for name, w in model.named_parameters():
+        assert_close(w.grad, p[name].grad)
+
+
+@pytest.mark.parametrize("ablate, n_mem, window", [("nothing", 2, 0), ("nothing", 2, 1), ("nothing", 6, 1),
+                                                   ("nothing", 3, 3), *((word, 2, 1) for word in WORDS["fam"])])
+def test_fam_is_algorithm_2_row_by_row(ablate, n_mem, window):
+    model = tiny("fam", ablate, n_mem=n_mem, window=window).double()
+    assert_equal_by_hand(model, lambda p, row: fam_by_hand(p, row, {ablate}, n_mem, window))
+
+
+@pytest.mark.parametrize("ablate, mem_layers", [("nothing", L), ("nothing", 1), *((word, L) for word in WORDS["lm2"])])
+def test_lm2_is_its_equations_slot_by_slot(ablate, mem_layers):
+    model = tiny("lm2", ablate, n_mem=3, mem_layers=mem_layers).double()
+    assert_equal_by_hand(model, lambda p, row: lm2_by_hand(p, row, ablate, 3, mem_layers))
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_fam_without_rows_is_bswa_and_bswa_without_a_window_is_none(window):
+    idx = some_text(5 * T + 1)
+    models = [tiny(memory, n_mem=0 if memory == "fam" else None, window=window).double()
+              for memory in ("fam", "bswa", "none")]
+    for model in models[1:]:
+        model.load_state_dict({name: w for name, w in models[0].state_dict().items() if name != "memory.mem"})
+    fam, bswa, none = (all_logits(model, idx) for model in models)
+    assert_close(fam, bswa)
+    assert torch.equal(bswa[:, :T], none[:, :T])
+    assert ((bswa[:, T:] - none[:, T:]).abs().max() < 1e-9) == (window == 0)
+
+
+def test_caches_hold_keys_before_rotation_and_scores_know_distances_only():
+    model, idx = tiny("bswa").double(), some_text(T)
+    block = model.memory.blocks[0]
+    _, k, v = block.attn.project(block.ln_1(model.wte(idx)))
+    assert_close(model(idx)[2][0], (k, v))                               # no clock in it: the same wherever the text stood
+    q = torch.randn_like(k)
+    for shift in (1, 1000, 12345):
+        assert_close(armt.rotary(q, shift) @ armt.rotary(k, shift).mT, armt.rotary(q) @ armt.rotary(k).mT)
+
+
+class Leaky(armt.LM2Block):
+    """As published: tokens read a bank that was just written from their whole segment, the future included."""
+
+    def forward(self, x, bank):
+        _, bank = super().forward(x, bank)
+        x, _ = super().forward(x, bank)
+        return x, bank
+
+
+@pytest.mark.slow
+def test_lm2_cannot_predict_random_tokens_but_a_twin_that_reads_what_it_just_wrote_can(monkeypatch):
+    losses = {}
+    for name in ("lm2", "leaky"):
+        model = tiny("lm2", vocab_size=8, segment_len=16, n_embd=32, n_mem=16)
+        if name == "leaky":
+            for block in model.memory.blocks:
+                block.__class__ = Leaky
+        optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.Generator().manual_seed(0)
+        for _ in range(1500):
+            idx = torch.randint(8, (32, 33), generator=numbers)
+            optimizer.zero_grad()
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            optimizer.step()
+        idx = torch.randint(8, (3125, 33), generator=numbers)                                    # 100,000 fresh tokens
+        with torch.no_grad():
+            losses[name] = model(idx[:, :-1], idx[:, 1:])[1].item()
+    assert losses["lm2"] >= math.log(8) - 0.005
+    assert losses["leaky"] < math.log(8) - 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,30 +707,37 @@ def test_a_long_prompt_is_streamed(memory, ablate):
 
 def test_memories_cost_the_parameters_and_the_floats_they_say():
     M, d_mem, D = 5, 3, 2 * 3 * 3
-    models = {memory: tiny(memory, n_mem=M, d_mem=d_mem) for memory in ("none", "full", "rmt", "armt")}
+    models = {memory: tiny(memory, n_mem=M, d_mem=d_mem) for memory in MEMORIES}
     params = {memory: model.n_params() for memory, model in models.items()}
     floats = {memory: armt.state_floats(model(some_text(7, rows=1))[2]) for memory, model in models.items()}
     block = 12 * C * C + 4 * C                                                          # attention, MLP, two LayerNorms
-    assert params["none"] == params["full"] == 2 * V * C + L * block + 2 * C
-    assert params["rmt"] == params["none"] + M * C
+    assert params["none"] == params["full"] == params["bswa"] == 2 * V * C + L * block + 2 * C
+    assert params["rmt"] == params["fam"] == params["none"] + M * C
     assert params["armt"] == params["none"] + L * (2 * C * d_mem + C * C + C + 1) + M * C
-    assert floats == {"none": 0, "full": L * 2 * 7 * C, "rmt": M * C, "armt": L * (D * C + D)}
+    assert params["lm2"] == params["none"] + L * (9 * C * C + 3)
+    assert tiny("lm2", mem_layers=1).n_params() == params["none"] + 9 * C * C + 3
+    assert floats == {"none": 0, "full": L * 2 * 7 * C, "bswa": L * 2 * T * C, "rmt": M * C, "armt": L * (D * C + D),
+                      "fam": L * (M * C + 1 + 2 * T * C), "lm2": L * M * C}
 
 
 def test_a_size_left_out_becomes_the_default_of_its_memory():
-    for memory, n_mem, d_mem in (("none", None, None), ("full", None, None), ("rmt", 16, None), ("armt", 4, 16)):
+    for memory, *sizes in (("none", None, None, None), ("full", None, None, None), ("bswa", None, None, 1),
+                           ("rmt", 16, None, None), ("armt", 4, 16, None), ("fam", 8, None, 0), ("lm2", 16, None, None)):
         config = GPTConfig(vocab_size=V, n_embd=C, memory=memory)
         chosen = GPT(config).config
-        assert (chosen.n_mem, chosen.d_mem) == (n_mem, d_mem)
+        assert [chosen.n_mem, chosen.d_mem, chosen.window] == sizes
         assert config.n_mem is None and config.d_mem is None                        # the caller's own is left alone
     assert tiny("armt", n_mem=7).config.n_mem == 7
 
 
 def test_the_shapes_named_in_comments_hold():
     B, N, M, H, d_mem, D = 3, 7, 2, 2, 3, 18
-    state = {memory: tiny(memory)(some_text(N, rows=B))[2] for memory in ("none", "full", "rmt", "armt")}
+    state = {memory: tiny(memory)(some_text(N, rows=B))[2] for memory in MEMORIES}
     assert state["none"] == ((), ())
     assert [t.shape for layer in state["full"] for t in layer] == [(B, H, N, C // H)] * 4
+    assert [t.shape for layer in state["bswa"] for t in layer] == [(B, H, T, C // H)] * 4
+    assert [t.shape for t in state["fam"][1]] == [(B, M, C), (B, 1, 1), (B, H, T, C // H), (B, H, T, C // H)]
+    assert [t.shape for t in state["lm2"]] == [(B, M, C)] * 2
     assert state["rmt"].shape == (B, M, C)
     assert [t.shape for layer in state["armt"] for t in layer] == [(B, D, C), (B, D)] * 2
     block = tiny("armt").memory.blocks[0]
@@ -558,18 +749,25 @@ def test_the_shapes_named_in_comments_hold():
     assert armt.state_map(lambda a, b: a + b, state["armt"], state["armt"])[1][1].shape == (B, D)
 
 
-def test_the_associative_state_is_never_below_float32():
-    model = tiny("armt").bfloat16()
+@pytest.mark.parametrize("word", ["nothing", *WORDS["armt"]])
+def test_the_associative_state_is_never_below_float32(word):
+    model = tiny("armt", word).bfloat16()
     logits, _, state = model(some_text(9))
     assert logits.dtype == torch.bfloat16 and {t.dtype for layer in state for t in layer} == {torch.float32}
 
 
 def misfits():
-    for memory in ("full", "rmt", "armt"):
+    for memory in sorted(MEMORIES.keys() - {"none"}):
         yield memory, memory, dict(), 3                                                 # rows
         yield memory, memory, dict(n_embd=2 * C), 2                                     # width
-    for memory, other in itertools.permutations(("none", "full", "rmt", "armt"), 2):
-        yield memory, other, dict(), 2
+    for memory, other in itertools.permutations(MEMORIES, 2):
+        if (memory, other) != ("full", "bswa"):                                # the same cache, if it is not full yet
+            yield memory, other, dict(), 2
+    yield "bswa", "bswa", dict(segment_len=5), 2                                # five tokens, where four are the most
+    yield "fam", "fam", dict(segment_len=5), 2
+    yield "fam", "fam", dict(n_mem=3), 2
+    yield "lm2", "lm2", dict(n_mem=3), 2
+    yield "lm2", "lm2", dict(mem_layers=1), 2
     yield "rmt", "rmt", dict(n_mem=3), 2
     yield "armt", "armt", dict(d_mem=4), 2
     yield "armt", "armt", dict(n_layer=3), 2
@@ -584,7 +782,8 @@ def test_a_state_that_does_not_fit_is_refused(memory, made_by, other, rows):
 
 @pytest.mark.parametrize("field, wrong", [
     ("memory", dict(memory="elephant")), ("n_embd", dict(n_embd=18)), ("n_embd", dict(n_embd=15)),  # 18 = 2 heads of 9
-    *((name, {name: 0}) for name in "vocab_size segment_len n_layer n_head n_embd n_mem d_mem nu".split())])
+    ("window", dict(memory="bswa", window=-1)), ("n_mem", dict(memory="lm2", n_mem=C + 1)),
+    *((name, {name: 0}) for name in "vocab_size segment_len n_layer n_head n_embd n_mem d_mem nu mem_layers".split())])
 def test_a_size_that_makes_no_sense_is_refused_by_name(field, wrong):
     with pytest.raises(ValueError, match=f"^{field}: "):
         tiny(**dict(memory="armt") | wrong)
@@ -596,13 +795,28 @@ def test_an_unknown_ablation_word_is_answered_with_the_known_ones(memory):
         tiny(memory, "no_sense")
     known = str(error.value).split("it knows ")[1].split(", ")
     assert known[0] == "nothing" and tiny(memory, "+".join(known))
-    assert memory != "armt" or known[1:] == WORDS                                       # so all of them are tested
+    assert known[1:] == WORDS.get(memory, [])                                           # so all of them are tested
 
 
-def test_nothing_to_read_is_refused():
+def test_nothing_to_read_targets_of_another_shape_and_no_choice_are_refused():
     for call in (tiny("none"), lambda idx: tiny("none").generate(idx, 1)):
         with pytest.raises(ValueError, match="^idx: "):
             call(torch.zeros(2, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="^targets: "):
+        tiny("none")(some_text(5), some_text(6))
+    with pytest.raises(ValueError, match="^top_k: "):
+        tiny("none").generate(some_text(5), 1, top_k=0)
+    for state in (5, "text", [], None.__class__):
+        with pytest.raises(ValueError, match="^state: "):
+            tiny("armt")(some_text(5), state=state)
+
+
+def test_what_inference_mode_made_does_not_hinder_training():
+    armt.rotary_angles.cache_clear()
+    model, idx = tiny("armt"), some_text(9)
+    with torch.inference_mode():
+        model(idx)
+    model(idx, idx)[1].backward()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
