@@ -309,7 +309,7 @@ class RMT(Layered):
         for block in self.blocks:
             x, _ = block(x)
         h = self.ln_f(x)
-        return h[:, M:-M], h[:, -M:].clone()                                         # (B, T, C), (B, M, C)
+        return h[:, M:-M], h[:, -M:].clone()                                     # (B, T, C), (B, M, C)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ class FAMBlock(BSWABlock):
             q_fam, _, _ = self.attn.project(self.ln_1(self.query.expand_as(fam)))
             q = torch.cat((q_fam, q[:, :, M:]), dim=2)
         start = max(P, M)                # where the segment starts; cache and rows both end just before
-        keys = torch.cat((rotary(old_k, start - P), rotary(k, start - M)), dim=2)    # (B, H, P + M + T, d)
+        keys = torch.cat((rotary(old_k, start - P), rotary(k, start - M)), dim=2)    # P + M + T of them
         values = torch.cat((old_v, v), dim=2)
         mask = torch.ones(M + T, P + M + T, dtype=torch.bool, device=x.device).tril(P)     # for tokens
         mask[:M], mask[:M, :P] = True, False         # for rows: all of F and of the segment, no cache
@@ -582,8 +582,8 @@ class LM2(Layered):
 
     def __init__(self, config):
         if config.n_mem > config.n_embd:
-            raise ValueError(f"n_mem: {config.n_mem} slots are too many for n_embd = {config.n_embd}: the "
-                             f"identity has no more rows, and slots that start alike stay alike")
+            raise ValueError(f"n_mem: {config.n_mem} slots are too many for n_embd = {config.n_embd}: "
+                             f"slots that start alike, as zeros below an identity, stay alike")
         super().__init__(config, LM2Block)
         for layer in range(config.mem_layers or config.n_layer, config.n_layer):
             self.blocks[layer] = NoneBlock(config)

@@ -6,7 +6,7 @@ Use a trained memory: tell it facts, let it read a book, ask.
     python sample.py --read book.txt --quiz 100             100 times: two or three facts, the book, a question
     python sample.py --read book.txt --save_state book.pt   read once ...
     python sample.py --load_state book.pt --ask "..."       ... ask tomorrow
-    python sample.py --out_dir out/remember-armt-seed0      recall: pairs, a question, the answer and the truth
+    python sample.py --out_dir out/remember-armt-seed0      recall, passkey: a question, the answer and the truth
     python sample.py --out_dir out/text-armt-seed0 --prompt "The "    text: go on writing
 
 Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is kept in one
@@ -46,6 +46,7 @@ class Reader:
         self.forget()
 
     def forget(self):
+        """Begin again with an empty memory."""
         self.state, self.words_read, self.seconds = self.model.init_state(1), 0, 0.0
         self.tail = torch.zeros(1, 0, dtype=torch.long, device=self.device)
 
@@ -53,6 +54,7 @@ class Reader:
         return torch.tensor([self.words.encode(text)], dtype=torch.long, device=self.device)            # (1, n)
 
     def warn(self, text):
+        """Say which words of the text the task does not know."""
         for word in self.words.unknown(text):
             print(f"note: the task does not know '{word}'; it is read like any word of a book", file=sys.stderr)
 
@@ -98,10 +100,12 @@ class Reader:
         return self.model(idx, state=state)[0][0, -1].softmax(-1)
 
     def save(self, file):
+        """Write the memory and the tail that waits, with the mark of the model that made them."""
         memory = dict(fingerprint=self.fingerprint, state=self.state, tail=self.tail, words_read=self.words_read)
         write_atomically(Path(file), lambda p: torch.save(memory, p))
 
     def load(self, file):
+        """Go on from a memory that `save` wrote. ValueError if it is none, or another model's."""
         try:
             memory = torch.load(file, map_location=self.device, weights_only=True)
             fingerprint, state, tail, words_read = (memory[k] for k in ("fingerprint", "state", "tail", "words_read"))
@@ -133,6 +137,7 @@ def reply(reader, question, as_json):
 
 
 def converse(reader):
+    """A small conversation at the prompt, until the end of input."""
     print(f"A memory of {state_floats(reader.state):,} numbers listens.\n{HELP}")
     while True:
         try:
@@ -174,20 +179,21 @@ def quiz(reader, task, files, n):
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True) as bar:
         said = answer(reader.model, questions, reader.device, bar)
-    right = sum(a == q.answer for a, q in zip(said, questions))
+    right = sum(a == [q.answer] for a, q in zip(said, questions))
     print(f"{right} of {n} right after {sum(map(task.words.count, text)):,} words")
 
 
 def show_recall(model, task, config, device, n):
-    """Pairs, question, answer and truth of n fresh samples."""
-    pairs = max(int(p) for p in config.stages.split(","))
-    questions, _ = task.questions(pairs, n)
+    """Pairs or text with a pass key, question, answer and truth of n fresh samples of the longest stage."""
+    questions, _ = task.questions(max(int(p) for p in config.stages.split(",")), n)
     for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
-        print(f"{task.show(q.context[0])}  {task.show(q.question)} -> {task.show([said])}  "
-              f"({'right' if said == q.answer else f'wrong, it is {task.show([q.answer])}'})")
+        truth = np.atleast_1d(q.answer)
+        print(f"{task.show(np.concatenate(q.context))}  {task.show(q.question)} -> {task.show(said)}  "
+              f"({'right' if np.array_equal(said, truth) else f'wrong, it is {task.show(truth)}'})")
 
 
 def write_text(model, task, args, device):
+    """Go on from the prompt, byte by byte."""
     prompt = args.prompt.encode("utf-8") or b"\n"
     torch.manual_seed(args.seed)
     idx = torch.tensor([list(prompt)], device=device)
@@ -195,6 +201,7 @@ def write_text(model, task, args, device):
 
 
 def make_parser():
+    """The flags; help says which kind of run each is for."""
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use; left out, the one that is shipped")
@@ -206,7 +213,7 @@ def make_parser():
     parser.add_argument("--json", action="store_true", help="qa1: answers as JSON, one object a line")
     parser.add_argument("--save_state", metavar="FILE", help="qa1: keep the memory in a file")
     parser.add_argument("--load_state", metavar="FILE", help="qa1: begin with a memory from a file")
-    parser.add_argument("--samples", type=int, default=5, help="recall: how many samples to show (5)")
+    parser.add_argument("--samples", type=int, default=5, help="recall, passkey: how many samples to show (5)")
     parser.add_argument("--prompt", default="", help="text: what to go on from")
     parser.add_argument("--tokens", type=int, default=300, help="text: how many bytes to write (300)")
     parser.add_argument("--temperature", type=float, default=0.8, help="text: 0 takes the likeliest byte (0.8)")
@@ -216,13 +223,14 @@ def make_parser():
 
 
 def main(argv=None):
+    """The program. `argv` is a list of arguments; None takes those of the command line."""
     args = make_parser().parse_args(argv)
     torch.set_flush_denormal(True)                                     # as in train.py
     try:
         device, _ = pick_device(args.device)
         config, model, _ = load(args.out_dir, device)
         task = make_task(config)
-        if config.task in ("remember", "rewrite"):
+        if config.task in ("remember", "rewrite", "passkey"):
             return show_recall(model, task, config, device, args.samples)
         if config.task == "text":
             return write_text(model, task, args, device)

@@ -29,12 +29,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import armt
 import sample
 import train
 from armt import GPT, GPTConfig, MEMORIES
-from data import SPLITS, babi, babilong, chunks, fill, generator, recall, text
+from data import SPLITS, babi, babilong, chunks, fill, generator, passkey, recall, text
 
 torch.set_num_threads(1)         # nothing here is large enough to be worth a second thread
 
@@ -1289,6 +1290,75 @@ def test_qa1_is_evaluated_at_the_exact_length_on_passages_held_back(tmp_path):
         again, _ = task.questions(200, 30, **options)
         assert str(again) == str(questions)
     assert len(task.questions(0, 7)[0]) == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The data: pass key
+# ---------------------------------------------------------------------------------------------------------------------
+
+KEYS = babilong.Words(passkey.WORDS)
+
+
+def told_keys(ids):
+    """All keys told in a context: [(digits, is it a true one, where its sentence starts)], read off the words."""
+    text = " ".join(KEYS.name(i) for i in ids)
+    five = r"(\d \d \d \d \d)"
+    true = [(m[1], True, m.start()) for m in re.finditer(rf"the pass key is {five} \. remember it \. \1 is the pass key \.",
+                                                         text)]
+    return sorted(true + [(m[1], False, m.start()) for m in re.finditer(rf"a false key is {five} \. forget it \.", text)],
+                  key=lambda told: told[2])
+
+
+@pytest.mark.parametrize("kind", passkey.KINDS)
+def test_a_pass_key_is_told_as_its_kind_says_in_exactly_the_tokens_asked_for(kind, tmp_path):
+    files = [book(tmp_path, "a", 60)]
+    task = passkey.PassKey(KEYS, files, kind, segment_len=32)
+    starts, keys = set(), set()
+    held_back = {int(i) for i in babilong.Background(files, "val", KEYS).ids}
+    questions, left_out = task.questions(4, 60)
+    assert left_out == 0 and str(task.questions(4, 60)) == str((questions, 0))
+    for question in questions:
+        ids = np.concatenate(question.context)
+        told, answer = told_keys(ids), " ".join(KEYS.name(i) for i in question.answer)
+        true = [digits for digits, is_true, _ in told if is_true]
+        assert len(ids) == 4 * 32 and len(told) == dict(first=1, random=1, decoys=4, rewritten=3)[kind]
+        assert told[0][1] and answer == true[-1 if kind == "rewritten" else 0]
+        assert len(true) == (3 if kind == "rewritten" else 1)
+        assert {int(i) for i in ids if i >= len(KEYS.names)} <= held_back
+        starts.add(told[0][2])
+        keys.add(answer)
+    assert len(keys) > 50 and (starts == {0}) == (kind == "first")
+    assert KEYS.names[question.question[-1]] == "is"
+    batch = task.batch(generator(0, "train", 0), 5, (6,))
+    assert batch.context.shape[1] % 32 == 0 and batch.questions.shape == (5, 1, 10) and batch.answers.shape == (5, 1, 5)
+    for context, answer in zip(batch.context, batch.answers[:, 0]):
+        assert " ".join(KEYS.name(i) for i in answer) in [digits for digits, _, _ in told_keys(context)]
+    lengths = {task.batch(generator(0, "train", i), 1, (4,)).context.shape[1] // 32 for i in range(40)}
+    assert lengths == {2, 3, 4}
+
+
+def test_a_context_too_short_for_its_keys_is_refused_by_name():
+    with pytest.raises(ValueError, match="^segment_len: "):
+        passkey.PassKey(KEYS, kind="decoys", segment_len=22).batch(generator(0, "train"), 1, (1,))
+
+
+def test_an_answer_is_right_only_if_all_of_it_is(tmp_path):
+    """And asking for five digits with the right ones in front tells the same as letting the model write them."""
+    task = passkey.PassKey(KEYS, segment_len=T)
+    model = tiny("fam", vocab_size=KEYS.size).eval()
+    questions, _ = task.questions(8, 5)
+    said = np.array(train.answer(model, questions, "cpu", tqdm(disable=True)))
+    assert said.shape == (5, 5)
+    for row, question in zip(said, questions):
+        _, _, state = model(torch.tensor(np.concatenate(question.context))[None])
+        asked = torch.tensor(question.question)[None]
+        right = [*question.question, *question.answer[:-1]]
+        by_hand = [model(torch.tensor(right[:n])[None], state=state)[0].argmax().item() for n in range(10, 15)]
+        assert row.tolist() == by_hand
+        written = model.generate(asked, 5, state, temperature=0)[0, 10:].tolist()
+        assert (written == question.answer.tolist()) == (row.tolist() == question.answer.tolist())
+        question = question._replace(answer=np.array(written))                          # make its own words the truth
+        assert train.answer(model, [question], "cpu", tqdm(disable=True)) == [written]
 
 
 def test_a_text_with_neither_facts_nor_length_still_has_a_word():

@@ -5,6 +5,7 @@ training, a resumed run sees the batches that the uninterrupted one would have s
     recall.py     associative retrieval: remember pairs, or the last value of keys that are rewritten
     babi.py       bAbI: the words, a simulator of qa1, a reader and writer of the published files
     babilong.py   BABILong: facts scattered through background text of any length
+    passkey.py    five digits, told once in a long text
     text.py       bytes of any file
 """
 from typing import NamedTuple
@@ -18,14 +19,14 @@ class Batch(NamedTuple):
     """B rows to read, and Q questions about each. Rows and questions are filled in front with id 0."""
     context: np.ndarray      # (B, N) ids
     questions: np.ndarray    # (B, Q, n) ids; the answer is due after the last one
-    answers: np.ndarray      # (B, Q) ids, -1 where the context does not tell (such a question does not count)
+    answers: np.ndarray      # (B, Q) ids, or (B, Q, A) of answers with A ids; -1 where the context does not tell
 
 
 class Question(NamedTuple):
     """One question to evaluate on. The context is a list of arrays, views of longer ones, so it may be very long."""
     context: list            # arrays of ids, to be read one after another
     question: list           # ids
-    answer: int              # the id that is right
+    answer: int              # the id that is right, or an array of A ids that all have to be
 
 
 def generator(seed, split, *place):

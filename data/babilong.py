@@ -185,7 +185,30 @@ def compose(rng, facts, length, background, band=(0.0, 1.0)):
     return pieces + [np.asarray(fact) for fact in facts[told:]]
 
 
-class QA1:
+class InText:
+    """What tasks share that hide something in background text."""
+
+    def __init__(self, words, files=(PROSE,)):
+        self.words, self.files = words, files
+        self.vocab_size = words.size
+        self.background = {}                                                # (files, part) -> Background, once needed
+
+    def text(self, files, part):
+        """The Background of these files, made once."""
+        key = (tuple(files), part)
+        if key not in self.background:
+            self.background[key] = Background(files, part, self.words)
+        return self.background[key]
+
+    def part(self, files):
+        """What of the files to evaluate on: what training held back, or all if training has seen none of them."""
+        return "val" if set(map(str, files)) & set(map(str, self.files)) else "test"
+
+    def show(self, ids):
+        return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)
+
+
+class QA1(InText):
     """
     The task as train.py and sample.py use it: qa1 in background text. A stage is (most facts, most words); the length
     of an evaluation is its words.
@@ -193,19 +216,11 @@ class QA1:
     unit = "words"
 
     def __init__(self, words, files=(PROSE,)):
-        self.words, self.files = words, files
-        self.vocab_size = words.size
-        self.background = {}                                                # (files, part) -> Background, once needed
+        super().__init__(words, files)
         self.facts = [[[words.encode(babi.qa1_fact(a, p, m)) for m in range(len(babi.MOVES))]
                        for p in range(len(babi.PLACES))] for a in range(len(babi.ACTORS))]
         self.asked = np.array([words.encode(f"Where is {a}?") for a in babi.ACTORS])                    # (4, 4)
         self.places = np.array([words.id(p) for p in babi.PLACES])
-
-    def text(self, files, part):
-        key = (tuple(files), part)
-        if key not in self.background:
-            self.background[key] = Background(files, part, self.words)
-        return self.background[key]
 
     def batch(self, rng, size, stage, going_on=False):
         """
@@ -237,14 +252,10 @@ class QA1:
             stories = babi.read_stories(babi.find_file(babi_dir, "qa1"))
         else:
             stories = babi.qa1_stories(generator(0, "val"), -(-n // 5))
-        part = "val" if set(map(str, files)) & set(map(str, self.files)) else "test"
         out, samples = [], babi.samples(stories)[:n]
         for i, sample in enumerate(samples):
             facts = [self.words.encode(fact) for fact in sample.facts]
             if not 0 < length < sum(map(Words.count, facts)):
-                context = compose(generator(0, "test", length, i), facts, length, self.text(files, part))
+                context = compose(generator(0, "test", length, i), facts, length, self.text(files, self.part(files)))
                 out.append(Question(context, self.words.encode(sample.question), self.words.id(sample.answer)))
         return out, len(samples) - len(out)
-
-    def show(self, ids):
-        return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)

@@ -1,0 +1,81 @@
+"""
+Pass key: five digits are told, then comes a lot of text that does not matter, then the digits are asked for (Hwang et
+al. 2024, section 4.1). All five must be right; a guess is right once in 100,000 times.
+
+    first       the key is the very first thing, as in that paper: to keep the first segment for good is enough
+    random      it stands anywhere
+    decoys      it stands anywhere, and behind it come up to three keys that are called false
+    rewritten   up to three keys stand anywhere, and the last one counts
+"""
+import numpy as np
+
+from . import Batch, Question, generator
+from .babilong import PROSE, InText
+
+KINDS = ("first", "random", "decoys", "rewritten")
+WORDS = "0 1 2 3 4 5 6 7 8 9 the pass key is remember it a false forget what".split()
+DIGITS = 5
+
+
+class PassKey(InText):
+    """
+    The task as train.py and sample.py use it. A stage is (most segments,), the length of an evaluation is its segments;
+    a context of n segments has exactly n segment_len tokens, the key included.
+    """
+    unit = "segments"
+
+    def __init__(self, words, files=(PROSE,), kind="first", segment_len=32):
+        super().__init__(words, files)
+        self.kind, self.segment_len = kind, segment_len
+        self.digits = np.array([words.id(str(digit)) for digit in range(10)])
+        self.question = words.encode("What is the pass key? The pass key is")
+
+    def statement(self, key, false=False):
+        """What tells a key, as ids: 23 tokens for a true one."""
+        key = " ".join(map(str, key))
+        text = f"A false key is {key}. Forget it." if false else \
+            f"The pass key is {key}. Remember it. {key} is the pass key."
+        return self.words.encode(text)
+
+    def context(self, rng, n_tokens, files, part):
+        """One context as a list of arrays, and its key (5,). ValueError if it is too short for what it has to tell."""
+        free, told, false = n_tokens, [], self.kind == "decoys"
+        keys = rng.integers(10, size=(dict(decoys=4, rewritten=3).get(self.kind, 1), DIGITS))
+        for key in keys:
+            ids = self.statement(key, false=false and len(told) > 0)
+            if free >= len(ids):
+                told, free = [*told, ids], free - len(ids)
+        if not told:
+            raise ValueError(f"segment_len: {n_tokens} tokens are too few for the {len(ids)} of a key")
+        places = np.zeros(1, dtype=int) if self.kind == "first" else np.sort(rng.integers(free + 1, size=len(told)))
+        pieces, at = [], 0
+        for place, ids in zip(places, told):
+            pieces += [*self.filler(rng, place - at, files, part), np.array(ids)]
+            at = place
+        return pieces + self.filler(rng, free - at, files, part), keys[len(told) - 1 if self.kind == "rewritten" else 0]
+
+    def filler(self, rng, n_tokens, files, part):
+        """Exactly n_tokens tokens of background, from the beginning of a random sentence, as a list of views."""
+        background, pieces = self.text(files, part), []
+        while n_tokens > 0:
+            start = background.begin[rng.integers(len(background.begin) - 1)]
+            pieces.append(background.ids[start:start + n_tokens])
+            n_tokens -= len(pieces[-1])
+        return pieces
+
+    def batch(self, rng, size, stage, going_on=False):
+        """`size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5)."""
+        most = stage[0]
+        n_segments = int(rng.integers(min(2, most), most + 1))
+        contexts, keys = zip(*(self.context(rng, n_segments * self.segment_len, self.files, "train") for _ in range(size)))
+        asked = np.broadcast_to(self.question, (size, 1, len(self.question)))
+        return Batch(np.stack([np.concatenate(pieces) for pieces in contexts]), asked, self.digits[np.stack(keys)][:, None])
+
+    def questions(self, length, n, files=None):
+        """n fresh contexts of `length` segments in text that training has not seen, and 0 for those left out."""
+        files, out = files or self.files, []
+        for i in range(n):
+            rng = generator(0, "test", length, i)
+            context, key = self.context(rng, length * self.segment_len, files, self.part(files))
+            out.append(Question(context, self.question, self.digits[key]))
+        return out, 0
