@@ -1333,6 +1333,8 @@ def test_a_pass_key_is_told_as_its_kind_says_in_exactly_the_tokens_asked_for(kin
     assert batch.context.shape[1] % 32 == 0 and batch.questions.shape == (5, 1, 10) and batch.answers.shape == (5, 1, 5)
     for context, answer in zip(batch.context, batch.answers[:, 0]):
         assert " ".join(KEYS.name(i) for i in answer) in [digits for digits, _, _ in told_keys(context)]
+    later = task.batch(generator(0, "train", 0), 5, (6,), going_on=True)
+    assert (later.answers == -1).all() and not any(map(told_keys, later.context))
     lengths = {task.batch(generator(0, "train", i), 1, (4,)).context.shape[1] // 32 for i in range(40)}
     assert lengths == {2, 3, 4}
 
@@ -1435,6 +1437,9 @@ def test_every_flag_has_both_spellings_and_a_help_line(capsys):
     (["--carry", "2"], "carry"), (["--carry", "0.5"], "carry"), (["--optimizer", "sgd"], "optimizer"),
     (["--device", "tpu"], "device"), (["--resume"], "resume"), (["--task", "text", "--background", "nowhere.txt"], "nowhere"),
     (["--task", "qa1", "--stages", "2"], "stages"), (["--batch_size", "0"], "batch_size"),
+    (["--pass_state", "0.5", "--carry", "0.5", "--task", "rewrite"], "pass_state"), (["--equal", "elephant"], "equal"),
+    (["--memory", "full", "--pass_state", "0.5"], "pass_state"), (["--task", "passkey", "--key", "lost"], "--key"),
+    (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),
 ])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(argv, flag, capsys, tmp_path):
     line = fails(capsys, train.main, *FAST, *argv, "--out_dir", tmp_path / "run")
@@ -1442,8 +1447,43 @@ def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(argv, f
     assert not (tmp_path / "run" / "ckpt.pt").exists() and not (tmp_path / "run" / "config.json").exists()
 
 
+def test_passed_states_are_the_last_ones_shuffled_and_only_in_the_last_stage(monkeypatch, tmp_path):
+    config = train.Config(memory="fam", stages="2,2", batch_size=4, segment_len=4, n_embd=16, n_head=2, pass_state=1.0,
+                          learned=0.0, last_steps=9, out_dir=str(tmp_path))
+    run, started = train.Run(config, "cpu"), []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets=None, state=None:
+                        started.append(state) or forward(self, idx, targets, state))
+    for step in range(4):
+        before, started[:] = run.state, []
+        run.step()
+        if step < 2:                                           # the first stage, then the first step of the last one
+            assert started[0] is None
+        else:
+            rows = [before[0][0].tolist().index(row) for row in started[0][0][0].tolist()]       # F of the first layer
+            assert sorted(rows) == [0, 1, 2, 3] and not before[0][0].requires_grad
+
+
+@pytest.mark.parametrize("task", ["remember", "qa1"])
+def test_equal_makes_the_parameters_of_all_memories_equal_within_five_percent(task, tmp_path):
+    sizes = []
+    for memory in MEMORIES:
+        (config,) = train.grid(task, dict(memory=[memory], n_head=[2], equal=["armt"], out_dir=[str(tmp_path)]))
+        sizes.append(train.Run(config, "cpu").model.n_params())
+        assert config.n_embd % 4 == 0 and (memory != "armt" or config.n_embd == 64)
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+def test_the_ablation_of_a_preset_is_for_armt_alone():
+    for memory, ablate in (("armt", "unit+no_denom"), ("rmt", "nothing"), ("none", "nothing")):
+        (config,) = train.grid("qa1", dict(memory=[memory]))
+        assert config.ablate == ablate
+
+
 @pytest.mark.parametrize("extra", [[], ["--optimizer", "adamw", "--dropout", "0.1"], ["--memory", "rmt"],
-                                   ["--task", "rewrite", "--stages", "3", "--carry", "0.7"]])
+                                   ["--task", "rewrite", "--stages", "3", "--carry", "0.7"],
+                                   ["--task", "passkey", "--segment_len", "32", "--carry", "0.7"],
+                                   ["--memory", "fam", "--pass_state", "0.7", "--equal", "armt"]])
 def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     argv = [*FAST, "--stages", "2,3", "--learned", "0", "--last_steps", "9", "--eval_lengths", "3", *extra, "--out_dir"]

@@ -58,7 +58,7 @@ class Config(GPTConfig):
     key: str = "first"               # passkey: first, random, decoys or rewritten, see data/passkey.py
     buckets: int = 1024              # qa1, passkey: ids shared by all words that are not the task's
     cut: float = 0.0                 # qa1: share of batches with background that are cut in two
-    carry: float = 0.0               # qa1, rewrite: share of rows that read on in the last stage
+    carry: float = 0.0               # not remember, text: share of rows that read on in the last stage
     pass_state: float = 0.0          # last stage: share of batches that start from others' states
     batch_size: int = 64             # rows in a batch
     optimizer: str = "muon"          # muon (between embedding and head; adamw for the rest) or adamw
@@ -206,8 +206,8 @@ def check(config):
         raise ValueError(f"--key: there is no '{config.key}'; choose one of {', '.join(KINDS)}")
     if config.carry and config.pass_state:
         raise ValueError("--pass_state: with --carry rows read on already; choose one of the two")
-    if config.carry and config.task not in ("qa1", "rewrite"):
-        raise ValueError(f"--carry: {config.task} cannot read on; only qa1 and rewrite can")
+    if config.carry and config.task not in ("qa1", "rewrite", "passkey"):
+        raise ValueError(f"--carry: {config.task} cannot read on; only qa1, rewrite and passkey can")
     if (config.carry or config.pass_state) and config.memory == "full":
         flag = "carry" if config.carry else "pass_state"
         raise ValueError(f"--{flag}: memory 'full' would grow without end; use --{flag} 0")
@@ -355,7 +355,8 @@ class Run:
 
     def first_state(self, rng, size):
         """What each row starts from: with probability `carry` its own last memory, else none."""
-        stay = torch.from_numpy(rng.random(size) < self.config.carry).to(self.device)        # (B,)
+        share = 1.0 if self.config.task == "passkey" else self.config.carry      # there all rows stay
+        stay = torch.from_numpy(rng.random(size) < share).to(self.device)                    # (B,)
         self.known = torch.where(stay[:, None], self.known, -1)
 
         def keep(old, new):
@@ -367,6 +368,8 @@ class Run:
         c, last = self.config, self.on_last_stage()
         carrying, passing = c.carry > 0 and last, c.pass_state > 0 and last
         going_on = carrying and self.state is not None
+        if going_on and c.task == "passkey":
+            going_on = rng.random() < c.carry               # new keys for all rows, or text alone for all
         batch = self.task.batch(rng, c.batch_size, stage, going_on=going_on)
         batch = [torch.tensor(part, device=self.device) for part in batch]
         if c.task == "text":

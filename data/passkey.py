@@ -64,12 +64,21 @@ class PassKey(InText):
         return pieces
 
     def batch(self, rng, size, stage, going_on=False):
-        """`size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5)."""
+        """
+        `size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5). Where a text goes on
+        that has told its key, there is nothing but filler, and the answers are -1.
+        """
         most = stage[0]
         n_segments = int(rng.integers(min(2, most), most + 1))
-        contexts, keys = zip(*(self.context(rng, n_segments * self.segment_len, self.files, "train") for _ in range(size)))
-        asked = np.broadcast_to(self.question, (size, 1, len(self.question)))
-        return Batch(np.stack([np.concatenate(pieces) for pieces in contexts]), asked, self.digits[np.stack(keys)][:, None])
+        rows, answers = [], np.full((size, 1, DIGITS), -1)
+        for i in range(size):
+            if going_on:
+                pieces = self.filler(rng, n_segments * self.segment_len, self.files, "train")
+            else:
+                pieces, key = self.context(rng, n_segments * self.segment_len, self.files, "train")
+                answers[i, 0] = self.digits[key]
+            rows.append(np.concatenate(pieces))
+        return Batch(np.stack(rows), np.broadcast_to(self.question, (size, 1, len(self.question))), answers)
 
     def questions(self, length, n, files=None):
         """n fresh contexts of `length` segments in text that training has not seen, and 0 for those left out."""
