@@ -1464,6 +1464,19 @@ def test_passed_states_are_the_last_ones_shuffled_and_only_in_the_last_stage(mon
             assert sorted(rows) == [0, 1, 2, 3] and not before[0][0].requires_grad
 
 
+def test_rows_that_read_on_are_asked_for_what_they_were_told_before(monkeypatch, tmp_path):
+    config = train.Config(task="passkey", memory="fam", segment_len=32, stages="1", carry=1.0, batch_size=3, n_embd=16,
+                          n_head=2, last_steps=4, out_dir=str(tmp_path))
+    run, ask, asked, started = train.Run(config, "cpu"), train.ask, [], []
+    monkeypatch.setattr(train, "ask", lambda model, questions, answers, state:
+                        asked.append(answers.tolist()) or ask(model, questions, answers, state))
+    for _ in range(4):                                    # the share of texts that go on is 0, then 1/2, then 1 and 1
+        started.append(run.state)
+        run.step()
+    assert np.shape(asked[1]) == (3, 5) and asked[1] == asked[2] == asked[3]
+    assert started[3][0][1].all() and not started[3][0][0].requires_grad
+
+
 @pytest.mark.parametrize("task", ["remember", "qa1"])
 def test_equal_makes_the_parameters_of_all_memories_equal_within_five_percent(task, tmp_path):
     sizes = []

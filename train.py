@@ -357,10 +357,10 @@ class Run:
         """What each row starts from: with probability `carry` its own last memory, else none."""
         share = 1.0 if self.config.task == "passkey" else self.config.carry      # there all rows stay
         stay = torch.from_numpy(rng.random(size) < share).to(self.device)                    # (B,)
-        self.known = torch.where(stay[:, None], self.known, -1)
 
         def keep(old, new):
             return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
+        self.known = keep(self.known, torch.full_like(self.known, -1))
         return state_map(keep, self.state, self.model.init_state(size))
 
     def loss(self, rng, stage):
@@ -369,7 +369,8 @@ class Run:
         carrying, passing = c.carry > 0 and last, c.pass_state > 0 and last
         going_on = carrying and self.state is not None
         if going_on and c.task == "passkey":
-            going_on = rng.random() < c.carry               # new keys for all rows, or text alone for all
+            share = c.carry * min(1.0, 2 * self.at["stage_step"] / c.last_steps)
+            going_on = rng.random() < share                # new keys for all rows, or text alone for all
         batch = self.task.batch(rng, c.batch_size, stage, going_on=going_on)
         batch = [torch.tensor(part, device=self.device) for part in batch]
         if c.task == "text":
