@@ -252,6 +252,7 @@ class FullAttention(Layered):
 # --------------------------------------------------------------------------------------------------
 
 class BSWABlock(FullBlock):
+    """Full attention that forgets: only W T tokens stay in its cache."""
     known = ["stop_gradient"]
 
     def __init__(self, config):
@@ -270,6 +271,7 @@ class BSWABlock(FullBlock):
 
 
 class BSWA(Layered):
+    """Blocks with a cache of the last W segments."""
     defaults = dict(window=1)
 
     def __init__(self, config):
@@ -332,7 +334,8 @@ class RMT(Layered):
 #   cost: (T + M)^2 + (T + M) D C      defaults: n_mem 4, d_mem 16
 #   ablate: no_gamma  z adds up every key          no_delta  A adds up every value
 #           elu       phi(x) = elu(x) + 1          unit      |phi(x)| = 1
-#           no_denom  no z at all: y = q A, vbar = k A; with unit this is the plain delta rule
+#           no_denom  no z at all: y = q A, vbar = k A; with unit this is the plain delta rule (alone it
+#                     diverges: a key of length r is corrected by r^2 times what is wrong)
 #   The memory tokens stand last and attention is causal: no text sees them, A is the only way through.
 # --------------------------------------------------------------------------------------------------
 
@@ -441,6 +444,7 @@ class ARMT(Layered):
 # --------------------------------------------------------------------------------------------------
 
 class FAMBlock(BSWABlock):
+    """A block that its rows go through, too, beside the tokens, and with the same weights."""
     known = ["no_ff", "no_copy", "keep_first", "sum_fam", "stop_gradient"]
 
     def __init__(self, config):
@@ -479,6 +483,7 @@ class FAMBlock(BSWABlock):
 
 
 class FAM(Layered):
+    """Blocks that feed M rows back to themselves, and the prompt (M, C) that these rows start from."""
     defaults = dict(n_mem=8, window=0)
 
     def __init__(self, config):
@@ -550,6 +555,7 @@ class Gate(nn.Module):
 
 
 class LM2Block(Block):
+    """A block whose tokens read a bank of slots after self-attention, and whose slots then read them."""
     def __init__(self, config):
         super().__init__(config)
         self.words = ablation_words(config, ["no_output_gate", "no_input_gate", "no_forget_gate"])
@@ -578,6 +584,7 @@ class LM2Block(Block):
 
 
 class LM2(Layered):
+    """Blocks with a bank of slots, in the first mem_layers layers."""
     defaults = dict(n_mem=16)
 
     def __init__(self, config):

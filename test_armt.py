@@ -940,6 +940,8 @@ def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
     (2, "2 John went", "3 John went"),                                                  # a gap
     (2, "2 John went to the hallway.", "2 "),
     (2, "2 John", "2John"),
+    (2, "2 John", "02 John"),
+    (2, "hallway.\n", "hallway.\r\n"),                                                # saved by another system
     (4, "4 Mary got", "3 Mary got"),                                                    # a number that came before
     (6, "1 The office", "2 The office"),
     (3, "Mary? \tbathroom\t1", "Mary? bathroom 1?"),                                    # no TAB

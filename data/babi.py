@@ -67,7 +67,9 @@ def read_stories(path):
         def fail(why):
             raise ValueError(f"{path}, line {n}: {why}")
         number, _, rest = line.partition(" ")
-        if not number.isascii() or not number.isdigit() or not rest:
+        if line.endswith("\r"):
+            fail("a carriage return at its end; the published files end lines with a newline alone")
+        if not re.fullmatch("[1-9][0-9]*", number) or not rest:
             fail(f"expected 'NUMBER text', found {line[:60]!r}")
         if int(number) == 1:
             stories.append([])
