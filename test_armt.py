@@ -1489,10 +1489,10 @@ def test_equal_makes_the_parameters_of_all_memories_equal_within_five_percent(ta
     assert max(sizes) < 1.05 * min(sizes)
 
 
-def test_the_ablation_of_a_preset_is_for_armt_alone():
-    for memory, ablate in (("armt", "unit+no_denom"), ("rmt", "nothing"), ("none", "nothing")):
+def test_the_ablation_of_a_preset_is_for_armt_alone_and_full_does_not_carry():
+    for memory, ablate, carry in (("armt", "unit+no_denom", 0.98), ("rmt", "nothing", 0.98), ("full", "nothing", 0)):
         (config,) = train.grid("qa1", dict(memory=[memory]))
-        assert config.ablate == ablate
+        assert (config.ablate, config.carry) == (ablate, carry)
 
 
 @pytest.mark.parametrize("extra", [[], ["--optimizer", "adamw", "--dropout", "0.1"], ["--memory", "rmt"],

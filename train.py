@@ -80,8 +80,10 @@ class Config(GPTConfig):
 PRESETS = {
     "remember": dict(segment_len=4),
     "remember256": dict(
-        segment_len=5, key_size=2, d_mem=32, questions=8, stages="2,4,8,16,32,64,128", batch_size=32,
-        eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
+        segment_len=5, key_size=2, d_mem=64, questions=8, stages="2,4,8,16,50,100", batch_size=32,
+        learned=0.9, last_steps=300, eval_lengths="16,50,64,100,128,200,256", eval_samples="1000"),
+    "compare": dict(
+        segment_len=4, n_layer=3, n_head=2, equal="armt", lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,16"),
     "rewrite": dict(
         task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50",
         eval_lengths="16,50,100,200,500", eval_samples="500"),
@@ -90,8 +92,8 @@ PRESETS = {
         stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, last_steps=3000,
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "passkey": dict(
-        task="passkey", segment_len=32, batch_size=32, lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,18",
-        last_steps=500, eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100"),
+        task="passkey", segment_len=32, batch_size=32, lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,18,18",
+        carry=0.95, last_steps=800, eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100"),
     "text": dict(
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, last_steps=1000,
         eval_lengths="64,512,4k", eval_samples="64"),
@@ -160,6 +162,8 @@ def grid(preset, given):
         c = Config(**{**PRESETS[kind], **chosen})
         if c.memory != "armt" and "ablate" not in chosen:
             c.ablate = "nothing"                             # a preset's words are those of armt
+        if c.memory == "full" and "carry" not in chosen:
+            c.carry = 0.0                                    # it would grow without end
         parts = [kind, c.memory] + [c.ablate] * ("ablate" in chosen)
         parts += [f"{n}{getattr(c, n)}" for n in varied if n not in named]
         name = "-".join([*parts, f"seed{c.seed}"])
