@@ -239,7 +239,7 @@ class FullAttention(Layered):
 
 
 # --------------------------------------------------------------------------------------------------
-# bswa: block sliding window attention (Hwang et al. 2024, section 2 and algorithm 1), FAM's baseline.
+# bswa: block sliding window attention (Hwang et al. 2024, algorithm 1), FAM's baseline.
 #
 #   A token sees its segment up to itself, and all of the W segments before. One layer reaches back W
 #   segments, so L layers reach L W; what lies further back is gone.
@@ -248,7 +248,7 @@ class FullAttention(Layered):
 #   cost: T (W + 1) T      defaults: window 1
 #   ablate: stop_gradient  the cache is a constant, as in Transformer-XL, so that a segment cannot
 #                          learn to be useful to the next (Transformer-XL also hides all but the last
-#                          W T tokens from each token; that made no difference in the paper's table 8)
+#                          W T tokens from each token, no meaningful difference in the paper's table 8)
 # --------------------------------------------------------------------------------------------------
 
 class BSWABlock(FullBlock):
@@ -420,7 +420,7 @@ class ARMT(Layered):
 
 
 # --------------------------------------------------------------------------------------------------
-# fam: TransformerFAM, Feedback Attention Memory (Hwang et al. 2024, section 3 and algorithm 2).
+# fam: TransformerFAM, Feedback Attention Memory (Hwang et al. 2024, algorithm 2 and appendix B.1).
 #
 #   Each layer owns M rows that live in the same space as its tokens and go through the same weights.
 #   Tokens see the rows of the segment before. The rows see themselves and the whole segment, and what
@@ -428,19 +428,23 @@ class ARMT(Layered):
 #
 #       tokens  a_t = Attention(q_t, [K_cache; K_F; K_{:t}]) + x_t       out = FF(a) + a
 #       rows    a_F = Attention(Q_F, [K_F; K]) + F                       F  <- FF(a_F) + a_F
+#       (pre-LN throughout; in the first segment a_F has no + F, since F has nothing to keep yet)
 #
 #   carried: F (B, M, C); 0 or 1 (B, 1, 1), was F ever written?; bswa's cache k, v; per layer
-#   cost: (T + M) (W T + M + T)      defaults: n_mem 8, window 0
+#   cost: (T + M) (W T + M + T)      defaults: n_mem 8, window 0 (the paper: 64 rows for segments of
+#   1024, window 3, but 0 for its pass key). The only new parameters are the prompt's M C.
 #   ablate: no_ff          rows skip the MLP           no_copy      rows have no residual
-#           keep_first     F in the first residual, too (published: 0, as F has nothing to keep yet)
-#           sum_fam        rows ask with a learned query instead of F, and have no residual
-#           stop_gradient  as in bswa (of the cache alone)
-#   F_0 is a learned prompt, which climbs the stack alone: its state after l layers is F of layer l.
-#   The paper could also be read as F_0 after it has seen the first segment; that shows the future.
-#   Rows keep one position as query and as key, the last M before the segment (5 of Hwang et al. leaves
-#   the query's open). M is the only new size: M C parameters.
-#   differs: a segment that is short, because the call ended, updates F like any other.
-#   differs: the random position offset of the paper is left out; rotary scores do not depend on it.
+#           keep_first     + F in the first segment, too
+#           sum_fam        rows ask with a learned query, one per layer, and have no residual
+#           stop_gradient  as in bswa: of the cache, so it does nothing where window is 0
+#   F_0 of a layer is the learned prompt after the layers below it, run alone. The paper could also mean
+#   what the layer below has made of the first segment; that would show tokens their own future.
+#   Rows stand on the last M places before the segment, as queries and as keys (the paper leaves open
+#   where the queries stand).
+#   differs: a segment that is short, because the call ended, updates F, too, so that no text is lost;
+#   the paper does not say. Its random position offset is left out: rotary scores do not depend on it.
+#   differs: trained from scratch, and starting from another text's F (the paper does so in 80% of the
+#   steps, after pretraining) is `--pass_state` of train.py, off unless asked for.
 # --------------------------------------------------------------------------------------------------
 
 class FAMBlock(BSWABlock):
@@ -511,25 +515,28 @@ class FAM(Layered):
 #       write   U = Attention(bank W_Q', a W_K', a W_V')
 #               bank <- g_in * tanh(U) + g_forget * bank          g_in, g_forget = sigmoid(U W + b)
 #
-#   carried: bank (B, M, C) per layer, the identity at first; only in the first mem_layers layers
+#   carried: bank (B, M, C), at first M rows of an identity, in each of the first mem_layers layers
 #   cost: T^2 + 2 T M      defaults: n_mem 16, forget_bias 1
 #   ablate: no_output_gate, no_input_gate, no_forget_gate (the gate is 1)
 #
 #   What "LM2" is depends on where one looks.
 #   * The paper's equations add up only when there are as many slots as tokens (its (3) and (6) multiply
-#     T x C by M x C): slot i then belongs to position i, and a word can be recalled only from positions
-#     behind its own. The output gate multiplies the bank, and what is written is a mixture of the bank
-#     itself. That literal form is not built here.
-#   * The published code demands T = M = C, has no output gate, and computes both other gates from a
-#     mean over all tokens of the text: token 1 sees token T. Trained on random tokens, which nobody
-#     can predict, it predicts them. Its memory is detached in every call and never emptied.
-#   differs: so here slots query tokens (as in the authors' earlier code), each layer has its own bank,
-#   only the previous bank is read, the output gate multiplies E, and a test shows that no loss below
-#   ln V is to be had on random tokens. b_out starts at -2: the bank's ones would drown the tokens.
+#     T x C by M x C): slot i then belongs to position i, and a word can be recalled only at its own
+#     position or later. The output gate multiplies the bank, the input gate looks at the tokens, and
+#     what is written is a mixture of the bank itself. That literal form is not built here.
+#   * The published code demands T = M = C, has no output gate, and computes both other gates from the
+#     bank and a mean over all tokens of the segment: token 1 sees token T. On random tokens, of which
+#     there are 8 and none can be predicted, it scores 1.65 where ln 8 = 2.08 is the floor (measured at
+#     T = M = C = 32). Its memory is detached in every call and never emptied.
+#   differs: here slots query tokens (as in the first author's earlier code), all gates but the output's
+#   look at U, each layer has its own bank, only the previous bank is read, all of it by every token,
+#   and gradient crosses segments. Heads (the paper has one) and gate biases are as in the code, which
+#   also has a dropout of 0.9, LayerNorms and an MLP in the memory; they are left out.
+#   differs: b_out starts at -2, which is our choice: the memory begins quiet, at 0.12 of E.
 # --------------------------------------------------------------------------------------------------
 
 class CrossAttention(nn.Module):
-    """Rows of x ask rows of m, with neither positions nor an output projection (Kang et al., eq. 1)."""
+    """Rows of x ask rows of m, all of them, without positions and without an output projection."""
 
     def __init__(self, config):
         super().__init__()
@@ -537,7 +544,7 @@ class CrossAttention(nn.Module):
         self.W_Q, self.W_K, self.W_V = (nn.Linear(C, C, bias=False) for _ in range(3))
 
     def forward(self, x, m):
-        """x (B, T, C), m (B, S, C) -> (B, T, C)"""
+        """x (B, R, C), m (B, S, C) -> (B, R, C)"""
         q, k, v = (split_heads(h, self.n_head) for h in (self.W_Q(x), self.W_K(m), self.W_V(m)))
         return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
@@ -551,11 +558,11 @@ class Gate(nn.Module):
         self.b = nn.Parameter(torch.tensor(float(bias)))         # one number, as in the authors' code
 
     def forward(self, x):
-        return torch.sigmoid(self.W(x) + self.b)                                     # (B, T, C)
+        return torch.sigmoid(self.W(x) + self.b)                                     # (B, R, C)
 
 
 class LM2Block(Block):
-    """A block whose tokens read a bank of slots after self-attention, and whose slots then read them."""
+    """A block whose tokens read a bank of slots after attention, and whose slots then read them."""
     def __init__(self, config):
         super().__init__(config)
         self.words = ablation_words(config, ["no_output_gate", "no_input_gate", "no_forget_gate"])
@@ -577,7 +584,7 @@ class LM2Block(Block):
         a, _ = self.attn(self.ln_1(x))                                               # (B, T, C)
         E = self.read(a, bank)                                                       # (B, T, C)
         U = self.write(bank, a)                                                      # (B, M, C)
-        bank = self.gate("input", U) * torch.tanh(U) + self.gate("forget", U) * bank
+        bank = self.gate("input", U) * torch.tanh(U) + self.gate("forget", U) * bank     # (B, M, C)
         x = x + self.drop(a + self.gate("output", E) * E)
         x = x + self.drop(self.mlp(self.ln_2(x)))
         return x, bank

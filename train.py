@@ -80,8 +80,8 @@ class Config(GPTConfig):
 PRESETS = {
     "remember": dict(segment_len=4),
     "remember256": dict(
-        segment_len=5, key_size=2, d_mem=64, questions=8, stages="2,4,8,16,50,100", batch_size=32,
-        learned=0.9, last_steps=300, eval_lengths="16,50,64,100,128,200,256", eval_samples="1000"),
+        segment_len=5, key_size=2, d_mem=64, questions=8, stages="1,2,4,8,16,50,100", batch_size=32,
+        learned=0.9, last_steps=300, eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
     "compare": dict(
         segment_len=4, n_layer=3, n_head=2, equal="armt", lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,16"),
     "rewrite": dict(
@@ -374,7 +374,7 @@ class Run:
         going_on = carrying and self.state is not None
         if going_on and c.task == "passkey":
             share = c.carry * min(1.0, 2 * self.at["stage_step"] / c.last_steps)
-            going_on = rng.random() < share                # new keys for all rows, or text alone for all
+            going_on = rng.random() < share               # new keys for all rows, or text alone for all
         batch = self.task.batch(rng, c.batch_size, stage, going_on=going_on)
         batch = [torch.tensor(part, device=self.device) for part in batch]
         if c.task == "text":
@@ -590,7 +590,8 @@ def table(results):
 # --------------------------------------------------------------------------------------------------
 
 def describe(model, config, device, why):
-    own = {name: getattr(config, name) for name in ("n_mem", "d_mem", "window", "mem_layers")}
+    names = ["n_embd"] * bool(config.equal) + ["n_mem", "d_mem", "window", "mem_layers"]
+    own = {name: getattr(config, name) for name in names}
     sizes = "".join(f", {name} {value}" for name, value in own.items() if value is not None)
     print(f"device {device} ({why}), torch {torch.__version__}, seed {config.seed}\n"
           f"{config.task}, memory {config.memory}{sizes}, ablate {config.ablate}: {model.n_params():,} "

@@ -1,6 +1,6 @@
 """
-Pass key: five digits are told, then comes a lot of text that does not matter, then the digits are asked for (Hwang et
-al. 2024, section 4.1). All five must be right; a guess is right once in 100,000 times.
+Pass key: five digits are told, then comes a lot of text that does not matter, then the digits are asked for (the
+PassKey task of Hwang et al. 2024). All five must be right; a guess is right once in 100,000 times.
 
     first       the key is the very first thing, as in that paper: to keep the first segment for good is enough
     random      it stands anywhere
