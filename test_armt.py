@@ -1751,6 +1751,7 @@ def test_the_memory_in_the_readme_trains_streams_and_is_causal(tmp_path):
         MEMORIES.pop("fade", None)
 
 
+@pytest.mark.slow
 def test_armt_learns_four_pairs_from_scratch_and_none_does_not(tmp_path):
     argv = ["--device", "cpu", "--stages", "2,4", "--last_steps", "150", "--eval_lengths", "4", "--eval_samples", "1000", "--out_dir"]
     train.main([*argv, str(tmp_path / "armt")])
