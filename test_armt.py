@@ -2,7 +2,7 @@
 The proofs: what this repository claims, shown on models and texts so small that all of it runs in seconds on a CPU.
 
 A name is the sentence that its test proves. A test that takes `memory` runs for all of MEMORIES (a new one joins by
-itself) and for `mine`, a memory written below as a reader would write one; with `ablate`, for armt's ablation words,
+itself) and for `mine`, a memory written below as a reader would write one; with `ablate`, for all ablation words,
 too. Where a paper or a plain GPT can be written down once more, slowly and without looking at armt.py, the two are
 compared in float64.
 
