@@ -670,6 +670,7 @@ class GPT(nn.Module):
         defaults = getattr(Memory, "defaults", {})
         left_open = {name: value for name, value in defaults.items() if getattr(config, name) is None}
         self.config = config = replace(config, **left_open)
+        # how many tokens a cache may hold
         self.room = config.window * config.segment_len if "window" in defaults else math.inf
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)

@@ -1489,6 +1489,11 @@ def test_equal_makes_the_parameters_of_all_memories_equal_within_five_percent(ta
     assert max(sizes) < 1.05 * min(sizes)
 
 
+def test_the_floats_carried_are_those_of_a_full_cache():
+    for memory, floats in (("none", 0), ("bswa", L * 2 * T * C), ("fam", L * (2 * C + 1 + 2 * T * C)), ("full", 0)):
+        assert train.floats_carried(tiny(memory)) == floats
+
+
 def test_the_ablation_of_a_preset_is_for_armt_alone_and_full_does_not_carry():
     for memory, ablate, carry in (("armt", "unit+no_denom", 0.98), ("rmt", "nothing", 0.98), ("full", "nothing", 0)):
         (config,) = train.grid("qa1", dict(memory=[memory]))

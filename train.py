@@ -589,21 +589,29 @@ def table(results):
 # The program
 # --------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def floats_carried(model):
+    """The floats of one row's state once a cache is full; of `full`, which never is, at the start."""
+    n, device = model.room if model.room < math.inf else 0, model.lm_head.weight.device
+    state = model(torch.zeros(1, n, dtype=torch.long, device=device))[2] if n else model.init_state(1)
+    return state_floats(state)
+
+
 def describe(model, config, device, why):
     names = ["n_embd"] * bool(config.equal) + ["n_mem", "d_mem", "window", "mem_layers"]
     own = {name: getattr(config, name) for name in names}
     sizes = "".join(f", {name} {value}" for name, value in own.items() if value is not None)
     print(f"device {device} ({why}), torch {torch.__version__}, seed {config.seed}\n"
           f"{config.task}, memory {config.memory}{sizes}, ablate {config.ablate}: {model.n_params():,} "
-          f"parameters, {state_floats(model.init_state(1)):,} floats carried between segments"
+          f"parameters, {floats_carried(model):,} floats carried between segments"
           f"{' at first, more with every token' if config.memory == 'full' else ''}")
 
 
 def final_row(run, device):
     at, model = run.at, run.model
     return dict(learned=at["learned"], stage="/".join(map(str, run.stages[at["stage"]])),
-                parameters=model.n_params(), state_floats=state_floats(model.init_state(1)),
-                device=device, torch=str(torch.__version__))
+                parameters=model.n_params(), state_floats=floats_carried(model), device=device,
+                torch=str(torch.__version__))
 
 
 def one_run(config, given, resume, alone):
@@ -659,7 +667,7 @@ def evaluate_only(config, given):
     at = checkpoint.get("at", dict(step=0, seconds=0.0, learned=True, stage=0))
     rows = evaluate(model, make_task(saved), config, device, at, files)
     final = dict(learned=at["learned"], seconds=at["seconds"], stage=str(at["stage"]),
-                 parameters=model.n_params(), state_floats=state_floats(model.init_state(1)))
+                 parameters=model.n_params(), state_floats=floats_carried(model))
     return config, final, rows
 
 
