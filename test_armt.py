@@ -1503,7 +1503,9 @@ def test_the_ablation_of_a_preset_is_for_armt_alone_and_full_does_not_carry():
 @pytest.mark.parametrize("extra", [[], ["--optimizer", "adamw", "--dropout", "0.1"], ["--memory", "rmt"],
                                    ["--task", "rewrite", "--stages", "3", "--carry", "0.7"],
                                    ["--task", "passkey", "--segment_len", "32", "--carry", "0.7"],
-                                   ["--memory", "fam", "--pass_state", "0.7", "--equal", "armt"]])
+                                   ["--memory", "fam", "--pass_state", "0.7", "--equal", "armt"],
+                                   ["--memory", "fam", "--window", "1", "--dropout", "0.1"],
+                                   ["--memory", "bswa", "--dropout", "0.1"]])
 def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     argv = [*FAST, "--stages", "2,3", "--learned", "0", "--last_steps", "9", "--eval_lengths", "3", *extra, "--out_dir"]

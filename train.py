@@ -593,7 +593,10 @@ def table(results):
 def floats_carried(model):
     """The floats of one row's state once a cache is full; of `full`, which never is, at the start."""
     n, device = model.room if model.room < math.inf else 0, model.lm_head.weight.device
+    training = model.training
+    model.eval()                         # dropout here would use up random numbers of the run
     state = model(torch.zeros(1, n, dtype=torch.long, device=device))[2] if n else model.init_state(1)
+    model.train(training)
     return state_floats(state)
 
 
