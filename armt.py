@@ -266,6 +266,7 @@ class BSWABlock(FullBlock):
         return state_map(torch.Tensor.detach, cache) if "stop_gradient" in self.words else cache
 
     def forward(self, x, past):
+        """x (B, T, C) and past (k, v) of (B, H, P, d) each -> x (B, T, C), past cut to W T"""
         x, cache = super().forward(x, past)
         return x, self.cut(*cache)
 
@@ -463,6 +464,7 @@ class FAMBlock(BSWABlock):
         return prompt + self.mlp(self.ln_2(prompt))
 
     def forward(self, x, state):
+        """Tokens x (B, T, C), state (F, written, k, v) -> x, state: one pass for rows and tokens alike"""
         fam, written, old_k, old_v = state               # (B, M, C) (B, 1, 1) (B, H, P, d) (B, H, P, d)
         M, T, P = fam.size(1), x.size(1), old_k.size(2)
         q, k, v = self.attn.project(self.ln_1(torch.cat((fam, x), dim=1)))           # (B, H, M + T, d)
@@ -581,6 +583,7 @@ class LM2Block(Block):
         return self.gates[name](x) if name in self.gates else 1.0
 
     def forward(self, x, bank):
+        """Tokens x (B, T, C) and bank (B, M, C) -> x (B, T, C), the bank for the next segment"""
         a, _ = self.attn(self.ln_1(x))                                               # (B, T, C)
         E = self.read(a, bank)                                                       # (B, T, C)
         U = self.write(bank, a)                                                      # (B, M, C)

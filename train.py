@@ -232,6 +232,7 @@ def pick_device(name):
 
 
 def make_task(config):
+    """The task of a config: it makes batches and questions, and shows ids as text."""
     if config.task == "qa1":
         words = babilong.Words(config.words or babi.WORDS, config.buckets)
         return babilong.QA1(words, config.background)
@@ -498,12 +499,7 @@ def answer(model, questions, device, bar):
 
 def evaluate_questions(model, task, config, length, n, device, files):
     """Accuracy on n fresh questions in contexts of `length`; prints the last one."""
-    if config.task == "qa1":
-        questions, left_out = task.questions(length, n, config.babi_dir, files)
-    elif config.task == "passkey":
-        questions, left_out = task.questions(length, n, files)
-    else:
-        questions, left_out = task.questions(length, n)
+    questions, left_out = task.questions(length, n, config.babi_dir, files)
     size = config.eval_batch or config.batch_size
     tokens, said = sum(len(piece) for q in questions for piece in q.context), []
     with tqdm(total=tokens, desc=f"{length} {task.unit}", unit="tok", unit_scale=True,
@@ -601,6 +597,7 @@ def floats_carried(model):
 
 
 def describe(model, config, device, why):
+    """Print what is about to run, and its sizes."""
     names = ["n_embd"] * bool(config.equal) + ["n_mem", "d_mem", "window", "mem_layers"]
     own = {name: getattr(config, name) for name in names}
     sizes = "".join(f", {name} {value}" for name, value in own.items() if value is not None)
@@ -611,6 +608,7 @@ def describe(model, config, device, why):
 
 
 def final_row(run, device):
+    """The last line of metrics: how the run ended, and what its model costs."""
     at, model = run.at, run.model
     return dict(learned=at["learned"], stage="/".join(map(str, run.stages[at["stage"]])),
                 parameters=model.n_params(), state_floats=floats_carried(model), device=device,

@@ -80,7 +80,7 @@ class PassKey(InText):
             rows.append(np.concatenate(pieces))
         return Batch(np.stack(rows), np.broadcast_to(self.question, (size, 1, len(self.question))), answers)
 
-    def questions(self, length, n, files=None):
+    def questions(self, length, n, babi_dir="", files=None):
         """n fresh contexts of `length` segments in text that training has not seen, and 0 for those left out."""
         files, out = files or self.files, []
         for i in range(n):

@@ -70,7 +70,7 @@ class Recall:
     def batch(self, rng, size, stage, going_on=False):
         return batch(rng, size, *stage, self.key_size, self.n_questions, self.rewrite)
 
-    def questions(self, length, n):
+    def questions(self, length, n, babi_dir="", files=None):
         """n fresh samples of `length` pairs with one question each, and 0 for those left out."""
         b = batch(generator(0, "test", length, n), n, length, self.key_size, 1, self.rewrite)
         return [Question([c], q, a) for c, q, a in zip(b.context, b.questions[:, 0], b.answers[:, 0])], 0
