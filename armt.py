@@ -464,7 +464,7 @@ class FAMBlock(BSWABlock):
         return prompt + self.mlp(self.ln_2(prompt))
 
     def forward(self, x, state):
-        """Tokens x (B, T, C), state (F, written, k, v) -> x, state: one pass for rows and tokens alike"""
+        """Tokens x (B, T, C), state (F, written, k, v) -> x, state: one pass for rows and tokens"""
         fam, written, old_k, old_v = state               # (B, M, C) (B, 1, 1) (B, H, P, d) (B, H, P, d)
         M, T, P = fam.size(1), x.size(1), old_k.size(2)
         q, k, v = self.attn.project(self.ln_1(torch.cat((fam, x), dim=1)))           # (B, H, M + T, d)
