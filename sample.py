@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from armt import check_state, state_floats
-from data import Question, babi, babilong, generator
+from data import Question, babilong
 from train import Parser, answer, load, make_task, pick_device, write_atomically
 
 PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "qa1"
@@ -165,17 +166,14 @@ def converse(reader):
 
 
 def quiz(reader, task, files, n):
-    """n rows side by side: each is told two or three facts of its own, then all read the files, then each is asked."""
+    """n rows side by side: each is told a short story of its own, then all read the files, then each is asked."""
     text = [np.array(task.words.encode(babilong.read_text(file)), dtype=np.int32) for file in files]
-    rng = generator(0, "test", n)
-    questions = []
-    for actor, place, move in zip(*babi.qa1_facts(rng, n, 3)):
-        told = rng.integers(2, 4)
-        facts = task.words.encode(" ".join(map(babi.qa1_fact, actor[:told], place[:told], move[:told])))
-        who = rng.choice(actor[:told])
-        at = babi.last_places(actor[None, :told], place[None, :told])[0, who]
-        questions.append(Question([np.array(facts), *text], task.words.encode(f"Where is {babi.ACTORS[who]}?"),
-                                  task.words.id(babi.PLACES[at])))
+    dice, questions = random.Random(f"quiz {n}"), []
+    for i in range(n):
+        facts, found, _ = task.story(dice, task.parts[i % len(task.parts)], 3, [])
+        question, right = dice.choice(found)
+        questions.append(Question([np.array(task.words.encode(" ".join(facts))), *text], task.words.encode(question),
+                                  task.words.id(right)))
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True) as bar:
         said = answer(reader.model, questions, reader.device, bar)

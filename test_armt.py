@@ -1268,7 +1268,7 @@ def test_a_batch_of_qa1_asks_for_everybody_and_knows_who_was_never_seen(tmp_path
             lengths.add(babilong.Words.count(context))
             assert {i for i in context.tolist() if i >= 180} <= passages                # nothing that is held back
     assert n_facts == {2, 3, 4, 5, 6} and 60 < max(lengths) <= 120 and len(lengths) > 20
-    later = [task.batch(generator(0, "train", 0, step), 5, (2, 0), going_on=True) for step in range(20)]
+    later = [task.batch(generator(0, "train", 0, step), 5, (2, 0), np.ones(5, bool)) for step in range(20)]
     assert 5 <= [batch.answers.max() for batch in later].count(-1) <= 15                # half of them tell nothing new
     assert all(batch.context.size > 0 for batch in later)                               # but there is always some text
 
@@ -1335,7 +1335,7 @@ def test_a_pass_key_is_told_as_its_kind_says_in_exactly_the_tokens_asked_for(kin
     assert batch.context.shape[1] % 32 == 0 and batch.questions.shape == (5, 1, 10) and batch.answers.shape == (5, 1, 5)
     for context, answer in zip(batch.context, batch.answers[:, 0]):
         assert " ".join(KEYS.name(i) for i in answer) in [digits for digits, _, _ in told_keys(context)]
-    later = task.batch(generator(0, "train", 0), 5, (6,), going_on=True)
+    later = task.batch(generator(0, "train", 0), 5, (6,), np.ones(5, bool))
     assert (later.answers == -1).all() and not any(map(told_keys, later.context))
     lengths = {task.batch(generator(0, "train", i), 1, (4,)).context.shape[1] // 32 for i in range(40)}
     assert lengths == {2, 3, 4}
@@ -1367,7 +1367,7 @@ def test_an_answer_is_right_only_if_all_of_it_is(tmp_path):
 
 def test_a_text_with_neither_facts_nor_length_still_has_a_word():
     task = babilong.QA1(babilong.Words())
-    batches = [task.batch(generator(0, "train", i), 2, (2, 1), going_on=True) for i in range(12)]
+    batches = [task.batch(generator(0, "train", i), 2, (2, 1), np.ones(2, bool)) for i in range(12)]
     assert any((b.answers == -1).all() for b in batches), "none of them was without facts"
     assert all(b.context.shape[1] >= 1 for b in batches)
 

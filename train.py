@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from armt import MEMORIES, GPT, GPTConfig, state_floats, state_map
@@ -59,6 +60,8 @@ class Config(GPTConfig):
     buckets: int = 1024              # qa1, passkey: ids shared by all words that are not the task's
     cut: float = 0.0                 # qa1: share of batches with background that are cut in two
     carry: float = 0.0               # not remember, text: share of rows that read on in the last stage
+    bptt: int = 0                    # segments that the gradient goes back through; 0 means all
+    recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
     pass_state: float = 0.0          # last stage: share of batches that start from others' states
     batch_size: int = 64             # rows in a batch
     optimizer: str = "muon"          # muon (between embedding and head; adamw for the rest) or adamw
@@ -98,7 +101,7 @@ PRESETS = {
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, last_steps=1000,
         eval_lengths="64,512,4k", eval_samples="64"),
 }
-TASKS = ("remember", "rewrite", "qa1", "passkey", "text")
+TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "eval_lengths", "eval_samples"}        # a comma here makes no grid
 ASIDE = {"background", "babi_dir", "eval_lengths", "eval_samples", "eval_batch", "device", "out_dir"}
 
@@ -106,6 +109,12 @@ ASIDE = {"background", "babi_dir", "eval_lengths", "eval_samples", "eval_batch",
 # --------------------------------------------------------------------------------------------------
 # Flags: one for each field of Config, whose comment is its --help line
 # --------------------------------------------------------------------------------------------------
+
+def babi_parts(task):
+    """'qa1+qa2' -> ['qa1', 'qa2'], the tasks of bAbI; [] if it is another task."""
+    parts = task.split("+")
+    return parts if all(re.fullmatch("qa([1-9]|1[0-9]|20)", part) for part in parts) else []
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -126,7 +135,7 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = parser.add_argument
     switch("--preset", choices=PRESETS, help="named defaults; left out, those of the task")
-    switch("--resume", action="store_true", help="go on with the run in the folder")
+    switch("--resume", action="store_true", help="go on with the run, or the evaluation, in the folder")
     switch("--eval_only", "--eval-only", action="store_true", help="evaluate the run in the folder")
     switch("--table", metavar="DIR", default="", help="only print the table of all runs inside DIR")
     switch("--export", metavar="DIR", default="", help="only write the run's weights, float16, to DIR")
@@ -155,11 +164,12 @@ def grid(preset, given):
     configs = []
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
-        if chosen.get("task", "remember") not in TASKS:
-            raise ValueError(f"--task: there is no '{chosen['task']}'; choose one of "
-                             f"{', '.join(TASKS)}")
-        kind = preset or chosen.get("task", "remember")
-        c = Config(**{**PRESETS[kind], **chosen})
+        task = chosen.get("task", "remember")
+        if task not in TASKS and not babi_parts(task):
+            raise ValueError(f"--task: there is no '{task}'; choose one of {', '.join(TASKS)}, "
+                             f"qa1 ... qa20, or several of these as in qa1+qa2")
+        kind = preset or task
+        c = Config(**{**PRESETS.get(kind, PRESETS["qa1"]), **chosen})
         if c.memory != "armt" and "ablate" not in chosen:
             c.ablate = "nothing"                             # a preset's words are those of armt
         if c.memory == "full" and "carry" not in chosen:
@@ -189,14 +199,14 @@ def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
                   questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1),
-                  pass_state=(0, 1), dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
+                  pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf), dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
                   eval_batch=(0, math.inf))
     for name, (low, high) in ranges.items():
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"--{name}: {getattr(config, name)} is not between {low} and {high}")
-    stages, form = numbers("stages", config.stages), "FACTS/WORDS" if config.task == "qa1" else "N"
+    stages, form = numbers("stages", config.stages), "FACTS/WORDS" if babi_parts(config.task) else "N"
     if any(len(stage) != 1 + form.count("/") or stage[0] < 1 for stage in stages):
         raise ValueError(f"--stages: '{config.stages}', but a stage of {config.task} reads {form}")
     if config.optimizer not in ("adamw", "muon"):
@@ -210,8 +220,8 @@ def check(config):
         raise ValueError(f"--key: there is no '{config.key}'; choose one of {', '.join(KINDS)}")
     if config.carry and config.pass_state:
         raise ValueError("--pass_state: with --carry rows read on already; choose one of the two")
-    if config.carry and config.task not in ("qa1", "rewrite", "passkey"):
-        raise ValueError(f"--carry: {config.task} cannot read on; only qa1, rewrite and passkey can")
+    if config.carry and config.task in ("remember", "text"):
+        raise ValueError(f"--carry: {config.task} cannot read on; rewrite, passkey and qa1 can")
     if (config.carry or config.pass_state) and config.memory == "full":
         flag = "carry" if config.carry else "pass_state"
         raise ValueError(f"--{flag}: memory 'full' would grow without end; use --{flag} 0")
@@ -233,9 +243,9 @@ def pick_device(name):
 
 def make_task(config):
     """The task of a config: it makes batches and questions, and shows ids as text."""
-    if config.task == "qa1":
+    if parts := babi_parts(config.task):
         words = babilong.Words(config.words or babi.WORDS, config.buckets)
-        return babilong.QA1(words, config.background)
+        return babilong.BABILong(words, config.background, parts, config.babi_dir)
     if config.task == "passkey":
         words = babilong.Words(config.words or WORDS, config.buckets)
         return PassKey(words, config.background, config.key, config.segment_len)
@@ -322,7 +332,7 @@ class Run:
         self.config, self.device, self.folder = config, device, Path(config.out_dir)
         self.task, self.stages = make_task(config), numbers("stages", config.stages)
         config.vocab_size = self.task.vocab_size
-        config.words = self.task.words.words if config.task in ("qa1", "passkey") else ()
+        config.words = self.task.words.words if hasattr(self.task, "words") else ()
         if config.equal and not checkpoint:
             config.n_embd = equal_width(config)
         torch.manual_seed(config.seed)
@@ -332,12 +342,12 @@ class Run:
         self.optimizers = self.make_optimizers()
         self.at = dict(step=0, stage=0, stage_step=0, accuracy=0.0, loss=0.0, seconds=0.0,
                        done=False, learned=False)
-        self.state = self.known = None       # --carry: each row's memory, and the answers it holds
+        self.carried = None          # --carry: each row's memory, its story, whether it answered right
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
-            self.at, self.state, self.known = (checkpoint[k] for k in ("at", "state", "known"))
+            self.at, self.carried = checkpoint["at"], checkpoint["carried"]
             torch.set_rng_state(checkpoint["rng"].cpu())
 
     def make_optimizers(self):
@@ -356,51 +366,63 @@ class Run:
     def save(self):
         save(self.folder, self.config, dict(
             model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
-            at=self.at, state=self.state, known=self.known, rng=torch.get_rng_state()))
+            at=self.at, carried=self.carried, rng=torch.get_rng_state()))
 
-    def first_state(self, rng, size):
-        """What each row starts from: with probability `carry` its own last memory, else none."""
-        share = 1.0 if self.config.task == "passkey" else self.config.carry      # there all rows stay
-        stay = torch.from_numpy(rng.random(size) < share).to(self.device)                    # (B,)
+    def first_state(self, rng, earlier):
+        """What a batch starts from: with --carry and --pass_state memories of earlier batches."""
+        size = self.config.batch_size
+        if earlier:
+            stay = torch.tensor([story is not None for story in earlier], device=self.device)     # (B,)
+            return state_map(lambda old, new: torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new),
+                             self.carried[0], self.model.init_state(size))
+        if self.carried and rng.random() < self.config.pass_state:
+            other = torch.from_numpy(rng.permutation(size)).to(self.device)
+            return state_map(lambda old: old[other], self.carried[0])    # of another text: out of date
+        return None
 
-        def keep(old, new):
-            return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
-        self.known = keep(self.known, torch.full_like(self.known, -1))
-        return state_map(keep, self.state, self.model.init_state(size))
+    def read(self, context, state):
+        """The state after a context (B, N). --bptt and --recompute save the memory of a long one."""
+        c = self.config
+        for part in context.split(c.bptt * c.segment_len or context.size(1), dim=1):
+            if c.bptt and state is not None:
+                state = state_map(torch.Tensor.detach, state)
+            for piece in part.split(c.recompute * c.segment_len or part.size(1), dim=1):
+                if c.recompute:
+                    _, _, state = recompute(self.model, piece, None, state, use_reentrant=False)
+                else:
+                    _, _, state = self.model(piece, state=state)
+        return state
 
     def loss(self, rng, stage):
         """The loss and the share of right answers on one batch: read once, ask all that is known."""
-        c, last = self.config, self.on_last_stage()
-        carrying, passing = c.carry > 0 and last, c.pass_state > 0 and last
-        going_on = carrying and self.state is not None
-        if going_on and c.task == "passkey":
-            share = c.carry * min(1.0, 2 * self.at["stage_step"] / c.last_steps)
-            going_on = rng.random() < share               # new keys for all rows, or text alone for all
-        batch = self.task.batch(rng, c.batch_size, stage, going_on=going_on)
-        batch = [torch.tensor(part, device=self.device) for part in batch]
+        c, earlier = self.config, None
+        keeping = self.on_last_stage() and (c.carry or c.pass_state)
+        if keeping and c.carry and self.carried:
+            _, stories, knew = self.carried
+            fresh = (1 - c.carry) ** np.linspace(0, 1, c.batch_size)     # ages on a logarithmic scale
+            stay = (rng.random(c.batch_size) >= fresh) & knew.cpu().numpy()
+            earlier = [story if stays else None for story, stays in zip(stories, stay)]
+        batch = self.task.batch(rng, c.batch_size, stage, earlier)
         if c.task == "text":
-            logits, loss, _ = self.model(*batch)
-            return loss, (logits.argmax(-1) == batch[1]).float().mean()
-        context, questions, answers = batch                              # (B, N), (B, Q, n), (B, Q)
-        state = None
-        if passing and self.state is not None and rng.random() < c.pass_state:
-            other = torch.from_numpy(rng.permutation(c.batch_size)).to(self.device)
-            state = state_map(lambda s: s[other], self.state)            # of another text: out of date
-        if going_on:
-            state = self.first_state(rng, len(context))
-            answers = torch.where(answers < 0, self.known, answers)      # what was told before holds
-        if c.task == "qa1" and stage[1] and context.size(1) > 1 and rng.random() < c.cut:
+            idx, targets = (torch.tensor(part, device=self.device) for part in batch)
+            logits, loss, _ = self.model(idx, targets)
+            return loss, (logits.argmax(-1) == targets).float().mean()
+        state = self.first_state(rng, earlier) if keeping else None
+        context, questions, answers = (torch.tensor(part, device=self.device) for part in batch[:3])
+        if babi_parts(c.task) and stage[1] and context.size(1) > 1 and rng.random() < c.cut:
             end = int(rng.integers(1, context.size(1)))                  # a fact may be in two segments
             _, _, state = self.model(context[:, :end], state=state)
             context = context[:, end:]
-        _, _, state = self.model(context, state=state)
-        if carrying or passing:
-            self.state, self.known = state_map(torch.Tensor.detach, state), answers
+        state = self.read(context, state)
         answers = answers.view(*questions.shape[:2], -1)                             # (B, Q, A)
         row, which = (answers[..., 0] >= 0).nonzero(as_tuple=True)
         asked, answers = questions[row, which], answers[row, which]                  # (q, n), (q, A)
         logits, loss = ask(self.model, asked, answers, state_map(lambda s: s[row], state))
-        right = (logits.argmax(-1) == answers).all(1)
+        right = (logits.argmax(-1) == answers).all(1)                                # (q,)
+        if keeping:
+            knew = torch.ones(len(context), dtype=torch.bool, device=self.device)
+            knew[row[~right]] = False                     # a row that has forgotten will start anew
+            self.carried = state_map(torch.Tensor.detach, state), batch.stories, knew
         return loss, right.float().sum() / max(1, len(answers))
 
     def step(self):
@@ -486,36 +508,81 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def answer(model, questions, device, bar):
-    """Read the contexts of Questions side by side, ask each its own: the likeliest answers, (B, A)"""
-    state = None
-    for chunk in chunks([q.context for q in questions], 16 * model.config.segment_len):
-        _, _, state = model(torch.from_numpy(chunk).to(device), state=state)
+def answer(model, questions, device, bar, keep=lambda chunk, state: None, start=0, state=None):
+    """
+    Read the contexts of Questions side by side, ask each its own: the likeliest answers, (B, A). After
+    each chunk keep(chunks read, state) is called; with these two as `start` and `state` it goes on.
+    """
+    pieces = chunks([q.context for q in questions], 16 * model.config.segment_len)
+    for i, chunk in enumerate(pieces, start=1):
         bar.update(chunk.size)
+        if i > start:
+            _, _, state = model(torch.from_numpy(chunk).to(device), state=state)
+            keep(i, state)
     asked = torch.from_numpy(fill([q.question for q in questions])).to(device)       # (B, n)
     answers = torch.tensor(np.array([q.answer for q in questions]), device=device).view(len(asked), -1)
     return ask(model, asked, answers, state)[0].argmax(-1).tolist()
 
 
-def evaluate_questions(model, task, config, length, n, device, files):
-    """Accuracy on n fresh questions in contexts of `length`; prints the last one."""
-    questions, left_out = task.questions(length, n, config.babi_dir, files)
-    size = config.eval_batch or config.batch_size
-    tokens, said = sum(len(piece) for q in questions for piece in q.context), []
-    with tqdm(total=tokens, desc=f"{length} {task.unit}", unit="tok", unit_scale=True,
-              leave=False) as bar:
-        for start in range(0, len(questions), size):
-            said += answer(model, questions[start:start + size], device, bar)
-    right = sum(np.array_equal(a, np.atleast_1d(q.answer)) for a, q in zip(said, questions))
+class Bookmark:
+    """Where the evaluation of one cell of the table is: in a file, so that days of reading can be stopped."""
+
+    def __init__(self, folder, cell):
+        self.path, self.cell, self.place = Path(folder, "reading.pt"), cell, ([], 0, None)
+        self.saved = time.time()
+        if self.path.exists():
+            kept = torch.load(self.path, weights_only=True)
+            if kept["cell"] == cell:
+                self.place = kept["place"]               # answers so far; chunks and state of this batch
+
+    def keep(self, *place):
+        self.place = place
+        if time.time() - self.saved > 60:
+            self.save()
+
+    def save(self):
+        content = dict(cell=self.cell, place=self.place)
+        write_atomically(self.path, lambda path: torch.save(content, path))
+        self.saved = time.time()
+
+
+def evaluate_questions(model, task, config, cell, device, files):
+    """Accuracy on the questions of one cell of the table; prints the last one."""
+    length, part = cell["length"], dict(part=cell["part"]) if "part" in cell else {}
+    questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **part)
+    size, mark = config.eval_batch or config.batch_size, Bookmark(config.out_dir, cell)
+    tokens = sum(len(piece) for q in questions for piece in q.context)
+    with tqdm(total=tokens, desc=" ".join([*part.values(), f"{length} {task.unit}"]), unit="tok",
+              unit_scale=True, leave=False) as bar:
+        try:
+            for begin in range(0, len(questions), size):
+                said, start, state = mark.place
+                some = questions[begin:begin + size]
+                if len(said) > begin:
+                    bar.update(sum(len(piece) for q in some for piece in q.context))
+                    continue
+                state = state_map(lambda s: s.to(device), state) if state else None
+                said = said + answer(model, some, device, bar, start=start, state=state,
+                                     keep=lambda *place: mark.keep(said, *place))
+                mark.keep(said, 0, None)
+        except KeyboardInterrupt:
+            mark.save()
+            raise
+    said = mark.place[0]
+    mark.path.unlink(missing_ok=True)
+    right = [np.array_equal(a, np.atleast_1d(q.answer)) for a, q in zip(said, questions)]
     if questions:
         q = questions[-1]
         shown = task.show([*q.context[-1][-40:], *q.question])[-80:]
         print(f"{length} {task.unit}: ...{shown} -> {task.show(said[-1])} "
               f"(right: {task.show(np.atleast_1d(q.answer))})")
-    accuracy = right / max(1, len(questions))
+    accuracy = sum(right) / max(1, len(questions))
     row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=tokens)
     if config.task == "remember":
         row["stored"] = round(stored_pairs(length, accuracy), 2)
+    if part:
+        fifth = np.array([min(int(5 * q.depth), 4) for q in questions])
+        row["depths"] = [[int(sum(fifth == i)), int(sum(np.array(right)[fifth == i]))] for i in range(5)]
     return row
 
 
@@ -530,55 +597,97 @@ def evaluate_text(model, task, length, n, device):
                 tokens=idx.numel())
 
 
-def evaluate(model, task, config, device, at, files=None):
-    """One row of metrics for each of config.eval_lengths; they are written down as they come."""
+def evaluate(model, task, config, device, at, files=None, resume=False):
+    """
+    One row of metrics for each part of the task and each of config.eval_lengths, written down as they
+    come. With resume, rows that are there already are not made again.
+    """
     counts = [n for n, in numbers("eval_samples", config.eval_samples)]
+    lengths = [length for length, in numbers("eval_lengths", config.eval_lengths)]
+    fresh = config.task in ("remember", "rewrite", "passkey")
+    before = read_metrics(config.out_dir) if resume else []
     rows = []
     model.eval()
-    for i, (length,) in enumerate(numbers("eval_lengths", config.eval_lengths)):
-        n, began = counts[min(i, len(counts) - 1)], time.time()
-        if config.task == "text":
-            row = evaluate_text(model, task, length, n, device)
-        else:
-            row = evaluate_questions(model, task, config, length, n, device, files)
-        fresh = config.task in ("remember", "rewrite", "passkey")
-        row = dict(length=length, split="test" if fresh or config.babi_dir else "val", **row,
-                   read_seconds=round(time.time() - began, 2))
+    for part, (i, length) in itertools.product(getattr(task, "parts", [None]), enumerate(lengths)):
+        cell = dict(length=length, asked=counts[min(i, len(counts) - 1)],
+                    split="test" if fresh or config.babi_dir else "val", step=at["step"])
+        if part:
+            cell["part"] = part
         if files:
-            row["background"] = [Path(file).name for file in files]
-        add_metrics(config.out_dir, at, "eval", **row)
+            cell["background"] = [Path(file).name for file in files]
+        row = next((row for row in before if row["kind"] == "eval" and cell.items() <= row.items()), None)
+        if row is None:
+            began = time.time()
+            if config.task == "text":
+                row = evaluate_text(model, task, length, cell["asked"], device)
+            else:
+                row = evaluate_questions(model, task, config, cell, device, files)
+            row = {**cell, **row, "read_seconds": round(time.time() - began, 2)}
+            add_metrics(config.out_dir, at, "eval", **row)
         rows.append(row)
     return rows
 
 
+def interval(right, n):
+    """The 95% interval of a share, right of n (Wilson 1927)."""
+    z = 1.96
+    share, spread = right / n, z * math.sqrt(right * (n - right) / n + z * z / 4) / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    return middle - spread / (1 + z * z / n), middle + spread / (1 + z * z / n)
+
+
 def table(results):
-    """Print [(config, final row, eval rows)], one line a kind of run: mean and spread over seeds."""
+    """
+    Print [(config, final row, eval rows)], one line a kind of run: mean and spread over seeds. Below the
+    tasks of bAbI stands the 95% interval of all seeds' questions together, and a table by depth.
+    """
     kinds = {}
     for config, final, rows in results:
         name = Path(config.out_dir).name
-        accuracy = {row["length"]: 100 * row["accuracy"] for row in rows}
-        speed = sum(row["tokens"] for row in rows) / max(0.01, sum(row["read_seconds"] for row in rows))
-        kinds.setdefault(re.sub(r"-?seed\d+$", "", name) or name, []).append((final, accuracy, speed))
-    lengths = sorted({length for runs in kinds.values() for _, accuracy, _ in runs
-                      for length in accuracy})
+        name = re.sub(r"-?seed\d+$", "", name) or name
+        parts = babi_parts(config.task)
+        for part in parts or [None]:
+            cells = {row["length"]: row for row in rows if row.get("part", part) == part}
+            kinds.setdefault(f"{name} {part}" if len(parts) > 1 else name, []).append((final, cells))
+    lengths = sorted({length for runs in kinds.values() for _, cells in runs for length in cells})
     width = max([len("accuracy, %"), *map(len, kinds)])
     print("\n" + "  ".join([f"{'accuracy, %':{width}}", "seeds", "parameters", "state floats",
                             "minutes", "tokens/s", *[f"{length:>11,}" for length in lengths]]))
     for kind, runs in kinds.items():
-        finals, speed = [final for final, _, _ in runs], statistics.mean(speed for _, _, speed in runs)
-        cells = []
+        finals, rows = [final for final, _ in runs], [row for _, cells in runs for row in cells.values()]
+        speed = sum(row["tokens"] for row in rows) / max(0.01, sum(row["read_seconds"] for row in rows))
+        means, pooled = [], []
         for length in lengths:
-            values = [accuracy[length] for _, accuracy, _ in runs if length in accuracy]
+            here = [cells[length] for _, cells in runs if length in cells]
+            values = [100 * row["accuracy"] for row in here]
             spread = f" ±{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
-            cells.append(f"{f'{statistics.mean(values):.1f}{spread}' if values else '-':>11}")
+            means.append(f"{f'{statistics.mean(values):.1f}{spread}' if values else '-':>11}")
+            n = sum(row["n"] for row in here)
+            low, high = interval(sum(row["n"] * row["accuracy"] for row in here), n) if n else (0, 0)
+            pooled.append(f"{f'{100 * low:.1f}-{100 * high:.1f}' if n else '-':>11}")
         stuck = [final["stage"] for final in finals if not final["learned"]]
         print("  ".join([f"{kind:{width}}", f"{len(runs):5}", f"{finals[0]['parameters']:10,}",
                          f"{finals[0]['state_floats']:12,}",
                          f"{statistics.mean(f['seconds'] for f in finals) / 60:7.1f}", f"{speed:8,.0f}",
-                         *cells]) + (f"   (not learned: stage {', '.join(stuck)})" if stuck else ""))
-    sizes = [final["parameters"] for runs in kinds.values() for final, _, _ in runs]
+                         *means]) + (f"   (not learned: stage {', '.join(stuck)})" if stuck else ""))
+        if any("depths" in row for row in rows):
+            print("  ".join([f"{'':{width}}", f"{'95% interval':>46}", *pooled]))
+    sizes = [final["parameters"] for runs in kinds.values() for final, _ in runs]
     if max(sizes) > 1.05 * min(sizes):
         print(f"The largest has {max(sizes) / min(sizes) - 1:.0%} more parameters than the smallest.")
+    for kind, runs in kinds.items():
+        table_by_depth(kind, runs)
+
+
+def table_by_depth(kind, runs):
+    """Print the accuracy by where the oldest fact stands that a question needs, of all seeds together."""
+    lengths = sorted({length for _, cells in runs for length, row in cells.items() if row.get("depths")})
+    if lengths:
+        print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n"
+              f"{'words':>11}  " + "  ".join(f"{f'{20 * i}-{20 * i + 20}%':>11}" for i in range(5)))
+    for length in lengths:
+        depths = sum(np.array(cells[length]["depths"]) for _, cells in runs if length in cells)
+        print(f"{length:11,}  " + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths.tolist()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +748,8 @@ def one_run(config, given, resume, alone):
             print(f"{folder}: finished, skipped")
             return config, finals[0], [row for row in rows if row["kind"] == "eval"]
         step = checkpoint["at"]["step"]
-        rows = [row for row in rows if row["kind"] == "train" and row["step"] <= step]
+        rows = [row for row in rows if row["kind"] == "train" and row["step"] <= step
+                or row["kind"] == "eval" and row["step"] == step and checkpoint["at"]["done"]]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text))
     elif resume and alone:
@@ -652,12 +762,12 @@ def one_run(config, given, resume, alone):
     if not run.train():
         print(f"stopped at step {run.at['step']} and saved; the same command with --resume goes on")
         return None
-    rows = evaluate(run.model, run.task, config, device, run.at)
+    rows = evaluate(run.model, run.task, config, device, run.at, resume=True)
     add_metrics(folder, run.at, "final", **final_row(run, device))
     return config, read_metrics(folder)[-1], rows
 
 
-def evaluate_only(config, given):
+def evaluate_only(config, given, resume):
     """Evaluate the run in config.out_dir as the evaluation flags say, and append the rows."""
     device, why = pick_device(config.device)
     saved, model, checkpoint = load(config.out_dir, device)
@@ -666,7 +776,7 @@ def evaluate_only(config, given):
     config = Config(**{**asdict(saved), **flags})
     describe(model, config, device, why)
     at = checkpoint.get("at", dict(step=0, seconds=0.0, learned=True, stage=0))
-    rows = evaluate(model, make_task(saved), config, device, at, files)
+    rows = evaluate(model, make_task(saved), config, device, at, files, resume)
     final = dict(learned=at["learned"], seconds=at["seconds"], stage=str(at["stage"]),
                  parameters=model.n_params(), state_floats=floats_carried(model))
     return config, final, rows
@@ -707,7 +817,7 @@ def main(argv=None):
             if switches.export:
                 export(config, switches.export)
             elif switches.eval_only:
-                results.append(evaluate_only(config, given))
+                results.append(evaluate_only(config, given, switches.resume))
             else:
                 results.append(one_run(config, given, switches.resume, alone=len(configs) == 1))
             if None in results:
@@ -715,6 +825,8 @@ def main(argv=None):
         if results:
             table(results)
             print(f"\nnext: python sample.py --out_dir {results[0][0].out_dir}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; the same command with --resume goes on")
     except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
 

@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     """B rows to read, and Q questions about each. Rows and questions are filled in front with id 0."""
     context: np.ndarray      # (B, N) ids
     questions: np.ndarray    # (B, Q, n) ids; the answer is due after the last one
-    answers: np.ndarray      # (B, Q) ids, or (B, Q, A) of answers with A ids; -1 where the context does not tell
+    answers: np.ndarray      # (B, Q) ids, or (B, Q, A) of answers with A ids; -1 where nothing is to be asked
+    stories: list = None     # what each row was told so far, in lists, for a batch that goes on from this one
 
 
 class Question(NamedTuple):
@@ -27,6 +28,7 @@ class Question(NamedTuple):
     context: list            # arrays of ids, to be read one after another
     question: list           # ids
     answer: int              # the id that is right, or an array of A ids that all have to be
+    depth: float = 0.0       # where the oldest fact that it needs stands: 0 is the beginning of the context, 1 its end
 
 
 def generator(seed, split, *place):

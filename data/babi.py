@@ -5,7 +5,9 @@ The published files (v1.2) are read and written byte for byte. For qa1, "Where i
 so that a model can be trained on as many stories as it likes and never see a published one. Its rules were inferred
 from the published files: the generator that made them is not public.
 """
+import itertools
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +29,6 @@ apple,milk,football football,apple,milk football,milk,apple milk,apple,football 
 e,e e,n e,s n,e n,n n,w s,e s,s s,w w,n w,s w,w
 """.split()
 
-ACTORS = ["Mary", "John", "Daniel", "Sandra"]
-PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
-MOVES = ["went", "journeyed", "travelled", "moved", "went back"]
-
 
 class Line(NamedTuple):
     """One line of a story. A fact has only a text; a question has an answer and the line numbers that support it."""
@@ -44,6 +42,7 @@ class Sample(NamedTuple):
     facts: list
     question: str
     answer: str
+    support: tuple           # indices of the facts that tell the answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,13 +106,30 @@ def samples(stories):
     """One Sample per question: it sees all earlier facts of its story and none of the earlier questions."""
     out = []
     for story in stories:
-        facts = []
-        for line in story:
+        facts, index = [], {}                                           # index[n] is the fact on line n
+        for n, line in enumerate(story, start=1):
             if line.answer is None:
+                index[n] = len(facts)
                 facts.append(line.text)
             else:
-                out.append(Sample(list(facts), line.text.strip(), line.answer))
+                support = tuple(index[s] for s in line.support)
+                out.append(Sample(list(facts), line.text.strip(), line.answer, support))
     return out
+
+
+def fingerprint(facts):
+    """A number below 2^32 for what a story tells."""
+    return zlib.crc32("\n".join(facts).encode())
+
+
+def is_published(facts):
+    """True if these facts, and no others, stand before a question of the published test files of qa1 to qa5."""
+    if not PUBLISHED:
+        PUBLISHED.update(np.load(Path(__file__).parent / "published.npy").tolist())
+    return fingerprint(facts) in PUBLISHED
+
+
+PUBLISHED = set()                # fingerprints of the published test stories, read from published.npy when needed
 
 
 def find_file(folder, task, split="test"):
@@ -126,51 +142,208 @@ def find_file(folder, task, split="test"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The world of qa1
+# The worlds of qa1 to qa5
 # ---------------------------------------------------------------------------------------------------------------------
 
-def qa1_facts(rng, size, n_facts):
+TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")                             # those that can be simulated
+PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
+THINGS = ["apple", "football", "milk"]                                  # the order matters for gifts, here and below
+ACTORS = ["Mary", "John", "Daniel", "Sandra"]
+GIVERS = ["Mary", "Fred", "Bill", "Jeff"]                               # the actors of qa5
+VERBS = dict(move=["went", "journeyed", "travelled", "moved", "went back"],
+             get=["picked up", "got", "grabbed", "took"],
+             drop=["dropped", "left", "put down", "discarded"],
+             give=["gave", "passed", "handed"])
+OPPOSITE = dict(north="south", south="north", east="west", west="east")
+WINDOW = 5                                                              # a question is about one of the last 5 facts
+
+
+class Event(NamedTuple):
     """
-    Simulate `size` worlds for `n_facts` moves: (actor, place, move), each (B, F) indices into ACTORS, PLACES, MOVES.
-    Who moves is uniform and independent; where to is uniform over the five places he is not at; the start is hidden.
+    One fact. A move leads to a place; get, drop and give are about a thing, and what is given goes `to` somebody. In
+    qa4 nobody acts: `who` is a place that `lies` in direction `what` of another `place`.
     """
-    actor = rng.integers(len(ACTORS), size=(size, n_facts))                                             # (B, F)
-    move = rng.integers(len(MOVES), size=(size, n_facts))                                               # (B, F)
-    step = rng.integers(1, len(PLACES), size=(size, n_facts))                       # how far round the circle of places
-    at = rng.integers(len(PLACES), size=(size, len(ACTORS)))                        # where everybody is, hidden at first
-    place = np.empty_like(actor)
-    rows = np.arange(size)
-    for f in range(n_facts):
-        at[rows, actor[:, f]] += step[:, f]
-        place[:, f] = at[rows, actor[:, f]] % len(PLACES)
-    return actor, place, move
+    action: str
+    who: str
+    what: str = ""
+    place: str = ""
+    to: str = ""
+    text: str = ""
 
 
-def last_places(actor, place):
-    """Where everybody was last told to be: (B, F) and (B, F) -> (B, 4) indices into PLACES, -1 for the never seen."""
-    at = np.full((len(actor), len(ACTORS)), -1)
-    at[np.arange(len(actor))[:, None], actor] = place                               # numpy keeps the last of equal indices
-    return at
+class Ask(NamedTuple):
+    """A question, its answer, the indices of the facts that tell it, and how likely it is among others of its subject."""
+    question: str
+    answer: str
+    support: tuple
+    weight: float = 1.0
 
 
-def qa1_fact(actor, place, move):
-    return f"{ACTORS[actor]} {MOVES[move]} to the {PLACES[place]}."
-
-
-def qa1_stories(rng, n_stories, window=5):
+def world(dice, task, told=()):
     """
-    Stories as in the published files: five times two moves and a question. Asked is the actor of one of the last
-    `window` facts, drawn uniformly (so an actor who moved long ago is never asked).
+    The events of a world, without end (qa4: two). `dice` is a random.Random, `told` are events to go on from. Who and
+    what is where at first is hidden, so somebody may get a thing before anybody knows where he is.
+    """
+    if task == "qa4":
+        yield from () if told else relations(dice)
+        return
+    actors = GIVERS if task == "qa5" else ACTORS
+    things = [] if task == "qa1" else THINGS
+    at = {name: dice.choice(PLACES) for name in [*actors, *things]}     # of a thing: where it lies, if nobody holds it
+    holder = dict.fromkeys(things)
+
+    def happen(event):
+        if event.action == "move":
+            at[event.who] = event.place
+        elif event.action == "drop":
+            holder[event.what], at[event.what] = None, at[event.who]
+        else:
+            holder[event.what] = event.to or event.who
+
+    def attempt():
+        """Somebody wants to do something. None if it cannot be done: then the dice are thrown again."""
+        who, action = dice.choice(actors), dice.choice(["move", "get", "drop"])
+        if action == "move":
+            place = dice.choice(PLACES)
+            return Event(action, who, place=place) if place != at[who] else None
+        if action == "get":
+            within_reach = [what for what in things if holder[what] is None and at[what] == at[who]]
+        else:
+            within_reach = [what for what in things if holder[what] == who]
+        return Event(action, who, dice.choice(within_reach)) if within_reach else None
+
+    def gift():
+        """
+        Whoever holds a thing and is not alone may give it: the first of his things, to the first of the others. A
+        thing that was just given can only be given on.
+        """
+        near = {who: [other for other in actors if other != who and at[other] == at[who]] for who in actors}
+        held = {who: [what for what in things if holder[what] == who] for who in actors}
+        if last and last.action == "give":
+            held = {last.to: [last.what]}
+        can = [who for who in held if held[who] and near[who]]
+        if not can or dice.random() >= 0.42:
+            return None
+        who = dice.choice(can)
+        return Event("give", who, held[who][0], to=near[who][0])
+
+    last = None
+    for last in told:
+        happen(last)
+    while True:
+        event = gift() if task == "qa5" else None
+        while event is None:
+            event = attempt()
+        happen(event)
+        last = event._replace(text=sentence(dice, task, event))
+        yield last
+
+
+def sentence(dice, task, event):
+    """One of the ways to tell an event."""
+    verb = dice.choice(VERBS[event.action])
+    if event.action == "move":
+        return f"{event.who} {verb} to the {event.place}."
+    if event.action == "give":
+        return f"{event.who} {verb} the {event.what} to {event.to}."
+    always = event.action == "get" and task in ("qa2", "qa5")
+    there = " there" if always or dice.random() < 0.2 else ""
+    return f"{event.who} {verb} the {event.what}{there}."
+
+
+def relations(dice):
+    """qa4: two places on opposite sides of a third, each told from its own side or from the other."""
+    centre, *others = dice.sample(PLACES, 3)
+    direction, events = dice.choice(list(OPPOSITE)), []
+    for place, side in zip(others, (direction, OPPOSITE[direction])):
+        a, side, b = (place, side, centre) if dice.random() < 2 / 3 else (centre, OPPOSITE[side], place)
+        events.append(Event("lies", a, side, b, text=f"The {a} is {side} of the {b}."))
+    return events if dice.random() < 0.5 else events[::-1]
+
+
+def subject(task, event):
+    """What a question might ask because of this event: an actor (qa1), a thing, an event of qa4, or None."""
+    if task == "qa1":
+        return event.who
+    if task == "qa4":
+        return event
+    if task == "qa5":
+        return event.what if event.action == "give" else None
+    return event.what if event.action != "move" else None
+
+
+def latest(events, fits, start=0):
+    """The index of the latest event from `start` on that fits, or None."""
+    return next((i for i in range(len(events) - 1, start - 1, -1) if fits(events[i])), None)
+
+
+def asks(task, events, about):
+    """All that can be asked about a subject, and is answered by the events: a list of Ask, perhaps empty."""
+    if task == "qa4":
+        i, (_, a, side, b, _, _) = events.index(about), about
+        return [Ask(f"What is {side} of the {b}?", a, (i,)), Ask(f"What is the {b} {OPPOSITE[side]} of?", a, (i,))]
+    last = latest(events, lambda e: subject(task, e) == about)
+    if last is None:
+        return []
+    who = events[last].who
+    if task == "qa1":
+        return [Ask(f"Where is {who}? ", events[last].place, (last,))]
+    if task == "qa5":
+        to = events[last].to
+        return [Ask(f"What did {who} give to {to}? ", about, (last,), 1 / 3),
+                Ask(f"Who gave the {about}? ", who, (last,), 1 / 6),
+                Ask(f"Who gave the {about} to {to}? ", who, (last,), 1 / 6),
+                Ask(f"Who did {who} give the {about} to? ", to, (last,), 1 / 6),
+                Ask(f"Who received the {about}? ", to, (last,), 1 / 6)]
+    dropped = events[last].action == "drop"
+    end = last if dropped else len(events)                              # from here on the thing was not carried
+    if task == "qa2":
+        move = latest(events[:end], lambda e: e.action == "move" and e.who == who, 0 if dropped else last)
+        return [] if move is None else [Ask(f"Where is the {about}? ", events[move].place, (last, move))]
+    start = latest(events[:last + 1], lambda e: e.action == "get" and e.what == about)
+    if start is None:
+        return []
+    way = [i for i in range(start, end) if events[i].action == "move" and events[i].who == who]
+    places = [events[i].place for i in way]                             # the thing was carried to these, one by one
+    return [Ask(f"Where was the {about} before the {places[j]}? ", places[j - 1], (last, way[j], way[j - 1]),
+                0.75 ** (len(way) - 1 - j))
+            for j in range(1, len(way)) if places[j] not in places[j + 1:]]
+
+
+def subjects(task, events):
+    """All different subjects of the events."""
+    return list(dict.fromkeys(s for event in events if (s := subject(task, event)) is not None))
+
+
+def question(dice, task, events, window=WINDOW):
+    """
+    The question that the published stories would ask after these events, or None if they would go on: about the subject
+    of one of the last facts, drawn among those facts whose subject can be asked about.
+    """
+    recent = {about: asks(task, events, about) for about in subjects(task, events[-window:])}
+    named = [about for event in events[-window:] if recent.get(about := subject(task, event))]
+    if not named:
+        return None
+    found = recent[dice.choice(named)]
+    return dice.choices(found, [ask.weight for ask in found])[0]
+
+
+def simulate(dice, task, n_stories, window=WINDOW):
+    """
+    Stories as in the published files: two facts, then a question if there is one to ask, and so on until the fifth
+    question (qa4: the first).
     """
     stories = []
-    for actor, place, move in zip(*qa1_facts(rng, n_stories, 10)):
-        story, line_of = [], []                                     # line_of[f] is the line number of fact f
-        for f in range(10):
-            story.append(Line(qa1_fact(actor[f], place[f], move[f])))
-            line_of.append(len(story))
-            if f % 2:
-                who = actor[rng.integers(max(0, f + 1 - window), f + 1)]
-                latest = max(g for g in range(f + 1) if actor[g] == who)
-                story.append(Line(f"Where is {ACTORS[who]}? ", PLACES[place[latest]], (line_of[latest],)))
+    for _ in range(n_stories):
+        source, story, events, line_of = world(dice, task), [], [], []  # line_of[i] is the line number of event i
+        questions = 1 if task == "qa4" else 5
+        while questions:
+            for event in itertools.islice(source, 2):
+                events.append(event)
+                story.append(Line(event.text))
+                line_of.append(len(story))
+            if ask := question(dice, task, events, window):
+                story.append(Line(ask.question, ask.answer, tuple(line_of[i] for i in ask.support)))
+                questions -= 1
         stories.append(story)
     return stories

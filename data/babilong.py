@@ -6,6 +6,7 @@ Words are tokens. The words of the bAbI tasks have ids of their own; every other
 a fixed number of buckets. So there is no vocabulary to build, and any text can be read. Capitals do not matter.
 Lengths count the words of facts and background, not the marks . ? ! and not the question.
 """
+import itertools
 import random
 import re
 import zlib
@@ -161,8 +162,9 @@ def compose(rng, facts, length, background, band=(0.0, 1.0)):
     """
     Scatter `facts` (lists of ids) through background text, `length` words in all (0: the facts alone), as in BABILong:
     a slot before each sentence and one at the end, one slot drawn for each fact, uniformly, and sorted. `band` keeps
-    the facts within a part of the text. Returns the context as a list of arrays to be read one after another; they are
-    views of the background, so any length needs no more memory than a book. ValueError when the facts alone are longer.
+    the facts within a part of the text. Returns the context as a list of arrays to be read one after another, and for
+    each fact how many tokens stand before it. The arrays are views of the background, so any length needs no more
+    memory than a book. ValueError when the facts alone are longer.
     """
     own = sum(Words.count(fact) for fact in facts)
     if 0 < length < own:
@@ -171,18 +173,29 @@ def compose(rng, facts, length, background, band=(0.0, 1.0)):
     n_slots = sum(last - first for first, last, _ in runs) + 1
     low = min(int(band[0] * n_slots), n_slots - 1)
     slots = np.sort(rng.integers(low, max(int(np.ceil(band[1] * n_slots)), low + 1), size=len(facts)))
-    pieces, told, seen = [], 0, 0                                           # facts told, sentences of earlier runs
+    pieces, starts, seen, tokens = [], [], 0, 0                             # seen: sentences of earlier runs
+
+    def tell(fact):
+        nonlocal tokens
+        starts.append(tokens)
+        pieces.append(np.asarray(fact))
+        tokens += len(fact)
+
     for first, last, stop in runs:
         at = background.begin[first]
-        while told < len(facts) and slots[told] < seen + last - first:
-            here = background.begin[first + slots[told] - seen]
+        while len(starts) < len(facts) and slots[len(starts)] < seen + last - first:
+            here = background.begin[first + slots[len(starts)] - seen]
             if here > at:
                 pieces.append(background.ids[at:here])
-            pieces.append(np.asarray(facts[told]))
-            at, told = here, told + 1
+                tokens += int(here - at)
+            tell(facts[len(starts)])
+            at = here
         pieces.append(background.ids[at:stop])
+        tokens += int(stop - at)
         seen += last - first
-    return pieces + [np.asarray(fact) for fact in facts[told:]]
+    for fact in facts[len(starts):]:
+        tell(fact)
+    return pieces, starts
 
 
 class InText:
@@ -208,54 +221,107 @@ class InText:
         return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)
 
 
-class QA1(InText):
+class BABILong(InText):
     """
-    The task as train.py and sample.py use it: qa1 in background text. A stage is (most facts, most words); the length
-    of an evaluation is its words.
+    The task as train.py and sample.py use it: one or more of bAbI's twenty tasks in background text. A stage is (most
+    facts, most words); the length of an evaluation is its words. qa1 to qa5 are simulated and never the published test
+    stories; the others are read from the published files in `babi_dir`.
     """
     unit = "words"
+    n_questions = 4                     # most questions to one story: reading is dear, asking is cheap
 
-    def __init__(self, words, files=(PROSE,)):
+    def __init__(self, words, files=(PROSE,), tasks=("qa1",), babi_dir=""):
         super().__init__(words, files)
-        self.facts = [[[words.encode(babi.qa1_fact(a, p, m)) for m in range(len(babi.MOVES))]
-                       for p in range(len(babi.PLACES))] for a in range(len(babi.ACTORS))]
-        self.asked = np.array([words.encode(f"Where is {a}?") for a in babi.ACTORS])                    # (4, 4)
-        self.places = np.array([words.id(p) for p in babi.PLACES])
+        self.parts, self.babi_dir = tuple(tasks), babi_dir
+        self.ids, self.samples = {}, {}                     # what was encoded, and which files were read, once
 
-    def batch(self, rng, size, stage, going_on=False):
+    def encode(self, text):
+        """The ids of a sentence; there are only so many different ones."""
+        if text not in self.ids:
+            self.ids[text] = self.words.encode(text)
+        return self.ids[text]
+
+    def published(self, part, split, folder):
+        """The published samples of a task. Of the training file the last tenth of the stories is `val`."""
+        key = part, split, str(folder)
+        if key not in self.samples:
+            stories = babi.read_stories(babi.find_file(folder, part, "test" if split == "test" else "train"))
+            cut = len(stories) * 9 // 10
+            chosen = dict(train=stories[:cut], val=stories[cut:], test=stories)[split]
+            self.samples[key] = babi.samples(chosen)
+        return self.samples[key]
+
+    def story(self, dice, part, n_facts, earlier):
         """
-        `size` stories of equal length and number of facts -> Batch that asks for everybody, in the order of ACTORS.
-        Stories that go on from an earlier batch tell nothing new half of the time: the old has to be kept.
+        What a row is told, as texts; what it can be asked from then on, as [(question, answer)]; and what to give as
+        `earlier` when it goes on: the events of its world, or the question of a published story.
+        """
+        if part not in babi.TASKS:
+            if earlier:
+                return [], [earlier], earlier
+            fitting = [s for s in self.published(part, "train", self.babi_dir) if len(s.facts) <= n_facts]
+            if not fitting:
+                raise ValueError(f"stages: no story of {part} has at most {n_facts} facts")
+            sample = dice.choice(fitting)
+            return sample.facts, [(sample.question, sample.answer)], [sample.question, sample.answer]
+        told = [babi.Event(*event) for event in earlier]
+        for _ in range(10000):
+            new = list(itertools.islice(babi.world(dice, part, told), n_facts))
+            events = told + new
+            found = [ask for about in babi.subjects(part, events) for ask in babi.asks(part, events, about)]
+            if told or found and not babi.is_published([event.text for event in new]):
+                return [e.text for e in new], [(a.question, a.answer) for a in found], list(map(list, events[-300:]))
+        raise ValueError(f"stages: {n_facts} facts are too few for a question of {part}")
+
+    def batch(self, rng, size, stage, earlier=None):
+        """
+        `size` stories in texts of about one length -> Batch, with up to four of the questions that each can answer.
+        `earlier` has for each row what it goes on from, or None. A row that goes on is told nothing new half of the
+        time: the old has to be kept.
         """
         most_facts, most_words = stage
-        n_facts = int(rng.integers(min(2, most_facts), most_facts + 1)) * int(not going_on or rng.random() < 0.5)
-        length = int(most_words * rng.random() ** 2)                                # short ones more often than long
-        length = max(length, int(n_facts == 0))                                     # and never nothing at all
-        actor, place, move = babi.qa1_facts(rng, size, n_facts)
-        rows = []
-        for a, p, m in zip(actor.tolist(), place.tolist(), move.tolist()):
-            facts = [self.facts[i][j][k] for i, j, k in zip(a, p, m)]
+        dice = random.Random(int(rng.integers(2 ** 62)))        # its throws take a tenth of the time of numpy's
+        n_facts = int(rng.integers(min(2, most_facts), most_facts + 1))
+        length = int(most_words * rng.random() ** 2)            # short ones more often than long
+        length = max(length, int(earlier is not None))          # and never nothing at all
+        rows, stories = [], []
+        questions, answers = [], np.full((size, self.n_questions), -1)
+        for i in range(size):
+            part, old = earlier[i] if earlier and earlier[i] else (dice.choice(self.parts), [])
+            least = dict(qa3=3, qa4=2).get(part, 2)
+            silent = bool(old) and dice.random() < 0.5
+            facts, found, new = self.story(dice, part, 0 if silent else max(least, n_facts), old)
+            facts = [self.encode(fact) for fact in facts]
             own = sum(map(Words.count, facts)) if length else 0
-            rows.append(np.concatenate(compose(rng, facts, max(length, own), self.text(self.files, "train"))))
-        at = babi.last_places(actor, place)                                                             # (B, 4)
-        asked = np.broadcast_to(self.asked, (size, *self.asked.shape))                                  # (B, 4, 4)
-        return Batch(fill(rows), asked, np.where(at >= 0, self.places[at], -1))
+            rows.append(np.concatenate(compose(rng, facts, max(length, own), self.text(self.files, "train"))[0]))
+            stories.append([part, new])
+            found = dice.sample(found, min(len(found), self.n_questions))
+            questions += [self.encode(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
+            answers[i, :len(found)] = [self.words.id(answer) for _, answer in found]
+        questions = fill(questions)
+        return Batch(fill(rows), questions.reshape(size, self.n_questions, -1), answers, stories)
 
-    def questions(self, length, n, babi_dir="", files=None):
+    def questions(self, length, n, babi_dir="", files=None, part=None):
         """
-        Up to n questions in `length` words, and how many stories were left out because they are longer than that.
-        With `babi_dir` the published test questions, else simulated ones; in the passages held back from training, or
-        in `files`, whole, where these are other files. The same questions and places for every model.
+        Up to n questions of one part in `length` words, and how many stories were left out because they are longer
+        than that. With `babi_dir` the published test questions, else simulated ones (qa6 to qa20: of the training file's
+        last tenth); in the passages held back from training, or in `files`, whole, where these are other files. The same
+        questions and places for every model.
         """
-        files = files or self.files
+        files, part = files or self.files, part or self.parts[0]
         if babi_dir:
-            stories = babi.read_stories(babi.find_file(babi_dir, "qa1"))
+            samples = self.published(part, "test", babi_dir)[:n]
+        elif part in babi.TASKS:
+            dice = random.Random(f"val {part}")
+            samples = babi.samples(babi.simulate(dice, part, n if part == "qa4" else -(-n // 5)))[:n]
         else:
-            stories = babi.qa1_stories(generator(0, "val"), -(-n // 5))
-        out, samples = [], babi.samples(stories)[:n]
+            samples = self.published(part, "val", self.babi_dir)[:n]
+        out = []
         for i, sample in enumerate(samples):
-            facts = [self.words.encode(fact) for fact in sample.facts]
+            facts = [self.encode(fact) for fact in sample.facts]
             if not 0 < length < sum(map(Words.count, facts)):
-                context = compose(generator(0, "test", length, i), facts, length, self.text(files, self.part(files)))
-                out.append(Question(context, self.words.encode(sample.question), self.words.id(sample.answer)))
+                rng, background = generator(0, "test", length, i), self.text(files, self.part(files))
+                context, starts = compose(rng, facts, length, background)
+                depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))
+                out.append(Question(context, self.encode(sample.question), self.words.id(sample.answer), depth))
         return out, len(samples) - len(out)

@@ -63,22 +63,23 @@ class PassKey(InText):
             n_tokens -= len(pieces[-1])
         return pieces
 
-    def batch(self, rng, size, stage, going_on=False):
+    def batch(self, rng, size, stage, earlier=None):
         """
-        `size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5). Where a text goes on
-        that has told its key, there is nothing but filler, and the answers are -1.
+        `size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5). A row that goes on
+        has told its key: it reads nothing but filler.
         """
         most = stage[0]
-        n_segments = int(rng.integers(min(2, most), most + 1))
-        rows, answers = [], np.full((size, 1, DIGITS), -1)
+        n_tokens = int(rng.integers(min(2, most), most + 1)) * self.segment_len
+        rows, answers = [], np.empty((size, 1, DIGITS), dtype=np.int64)
         for i in range(size):
-            if going_on:
-                pieces = self.filler(rng, n_segments * self.segment_len, self.files, "train")
+            if earlier and earlier[i]:
+                pieces, answers[i, 0] = self.filler(rng, n_tokens, self.files, "train"), earlier[i]
             else:
-                pieces, key = self.context(rng, n_segments * self.segment_len, self.files, "train")
+                pieces, key = self.context(rng, n_tokens, self.files, "train")
                 answers[i, 0] = self.digits[key]
             rows.append(np.concatenate(pieces))
-        return Batch(np.stack(rows), np.broadcast_to(self.question, (size, 1, len(self.question))), answers)
+        questions = np.broadcast_to(self.question, (size, 1, len(self.question)))
+        return Batch(np.stack(rows), questions, answers, answers[:, 0].tolist())
 
     def questions(self, length, n, babi_dir="", files=None):
         """n fresh contexts of `length` segments in text that training has not seen, and 0 for those left out."""

@@ -67,8 +67,13 @@ class Recall:
     def __init__(self, key_size=1, n_questions=1, rewrite=False):
         self.key_size, self.n_questions, self.rewrite = key_size, n_questions, rewrite
 
-    def batch(self, rng, size, stage, going_on=False):
-        return batch(rng, size, *stage, self.key_size, self.n_questions, self.rewrite)
+    def batch(self, rng, size, stage, earlier=None):
+        """A Batch. Where rows go on (rewrite, all keys asked), a key that is not written again keeps its value."""
+        b = batch(rng, size, *stage, self.key_size, self.n_questions, self.rewrite)
+        for answers, old in zip(b.answers, earlier or ()):
+            if old:
+                answers[:] = np.where(answers < 0, old, answers)
+        return b._replace(stories=b.answers.tolist())
 
     def questions(self, length, n, babi_dir="", files=None):
         """n fresh samples of `length` pairs with one question each, and 0 for those left out."""

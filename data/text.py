@@ -27,7 +27,7 @@ class Text:
     def __init__(self, files):
         self.files, self.ids = files, {}
 
-    def batch(self, rng, size, stage, going_on=False, part="train"):
+    def batch(self, rng, size, stage, earlier=None, part="train"):
         """`size` passages from random places -> (inputs, the bytes that follow), both (B, n)."""
         ids = self.ids.setdefault(part, None)
         if ids is None:
