@@ -4,6 +4,7 @@ Use a trained memory: tell it facts, let it read a book, ask.
     python sample.py --facts "Mary went to the kitchen." --read book.txt --ask "Where is Mary?"
     python sample.py                                        a small conversation at the prompt
     python sample.py --read book.txt --quiz 100             100 times: two or three facts, the book, a question
+    python sample.py --facts "..." --read book.txt --written  a strip: which segments wrote to memory
     python sample.py --read book.txt --save_state book.pt   read once ...
     python sample.py --load_state book.pt --ask "..."       ... ask tomorrow
     python sample.py --out_dir out/remember-armt-seed0      recall, passkey: a question, the answer and the truth
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from armt import check_state, state_floats
+from armt import check_state, state_floats, state_map
 from data import Question, babilong
 from train import Parser, answer, load, make_task, pick_device, write_atomically
 
@@ -40,8 +41,9 @@ quit     or Ctrl-D"""
 class Reader:
     """A model and what it has read: the state after all full segments, and the tail that waits for its segment."""
 
-    def __init__(self, model, words, device):
-        self.model, self.words, self.device = model.eval(), words, device
+    def __init__(self, model, task, device, watch=False):
+        self.model, self.words, self.known, self.device = model.eval(), task.words, task.vocabulary(), device
+        self.watch = watch                                 # whether to note what each segment writes
         weights = b"".join(p.detach().cpu().float().numpy().tobytes() for p in model.parameters())
         self.fingerprint = hashlib.sha256(weights).hexdigest()
         self.forget()
@@ -49,6 +51,7 @@ class Reader:
     def forget(self):
         """Begin again with an empty memory."""
         self.state, self.words_read, self.seconds = self.model.init_state(1), 0, 0.0
+        self.written = []                                  # (change of the memory, ids) of each segment
         self.tail = torch.zeros(1, 0, dtype=torch.long, device=self.device)
 
     def ids(self, text):
@@ -56,13 +59,17 @@ class Reader:
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
-        for word in self.words.unknown(text):
+        for word in self.words.unknown(text, self.known):
             print(f"note: the task does not know '{word}'; it is read like any word of a book", file=sys.stderr)
 
     def tell(self, text):
         """Read a piece of text. It may stop anywhere between two words: telling in two calls equals telling in one."""
-        began, idx = time.time(), self.ids(text)
-        self.state, self.tail = self.model.read(idx, self.state, self.tail)
+        began, idx, T = time.time(), self.ids(text), self.model.config.segment_len
+        for piece in idx.split(T, dim=1) if self.watch else [idx]:                 # T tokens complete at most a segment
+            before, segment = self.state, torch.cat((self.tail, piece), dim=1)[0, :T].tolist()
+            self.state, self.tail = self.model.read(piece, self.state, self.tail)
+            if self.watch and self.state is not before:
+                self.written.append((change(before, self.state), segment))
         self.words_read += self.words.count(idx.cpu())
         self.seconds += time.time() - began
 
@@ -118,6 +125,26 @@ class Reader:
             raise ValueError(f"--load_state: the memory in {file} was made by another model")
         check_state(state, self.state)
         self.state, self.tail, self.words_read = state, tail, words_read
+
+
+def change(before, after):
+    """How far a memory has moved: the length of the difference of two states."""
+    squares = []
+    state_map(lambda a, b: squares.append((a - b).square().sum().item()) or a, after, before)
+    return sum(squares) ** 0.5
+
+
+def show_written(reader, task, width=72, most=5):
+    """A strip of text: what wrote to memory, and the segments that wrote most."""
+    if not reader.written:
+        return print("not a segment was completed, so nothing is in memory yet")
+    changes = np.array([size for size, _ in reader.written])
+    cells = [part.max() for part in np.array_split(changes, min(width, len(changes)))]
+    print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * cell / changes.max()))] for cell in cells))
+    print(f"{len(changes):,} segments, from left to right; the height is the change of the memory, at most "
+          f"{changes.max():.3g}. Those that wrote most, of other words only their place (~):")
+    for i in sorted(np.argsort(-changes)[:most]):
+        print(f"{i + 1:7,}  {changes[i]:8.3g}  {task.show(reader.written[i][1])[:200]}")
 
 
 def reply(reader, question, as_json):
@@ -204,13 +231,14 @@ def make_parser():
                     allow_abbrev=False)
     parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use; left out, the one that is shipped")
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
-    parser.add_argument("--facts", default="", help="qa1: sentences to tell")
-    parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa1: UTF-8 files to read")
-    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa1: questions; left out, a conversation")
-    parser.add_argument("--quiz", type=int, metavar="N", help="qa1: N times two or three facts, the files, one question")
-    parser.add_argument("--json", action="store_true", help="qa1: answers as JSON, one object a line")
-    parser.add_argument("--save_state", metavar="FILE", help="qa1: keep the memory in a file")
-    parser.add_argument("--load_state", metavar="FILE", help="qa1: begin with a memory from a file")
+    parser.add_argument("--facts", default="", help="qa: sentences to tell")
+    parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa: UTF-8 files to read")
+    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: questions; left out, a conversation")
+    parser.add_argument("--quiz", type=int, metavar="N", help="qa: N times three facts, the files, one question")
+    parser.add_argument("--written", action="store_true", help="qa: show which segments wrote to memory")
+    parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
+    parser.add_argument("--save_state", metavar="FILE", help="qa: keep the memory in a file")
+    parser.add_argument("--load_state", metavar="FILE", help="qa: begin with a memory from a file")
     parser.add_argument("--samples", type=int, default=5, help="recall, passkey: how many samples to show (5)")
     parser.add_argument("--prompt", default="", help="text: what to go on from")
     parser.add_argument("--tokens", type=int, default=300, help="text: how many bytes to write (300)")
@@ -232,7 +260,7 @@ def main(argv=None):
             return show_recall(model, task, config, device, args.samples)
         if config.task == "text":
             return write_text(model, task, args, device)
-        reader = Reader(model, task.words, device)
+        reader = Reader(model, task, device, args.written)
         if args.load_state:
             reader.load(args.load_state)
         if args.facts:
@@ -242,11 +270,13 @@ def main(argv=None):
             return quiz(reader, task, args.read, args.quiz)
         for file in args.read:
             reader.read(file)
+        if args.written:
+            show_written(reader, task)
         if args.save_state:
             reader.save(args.save_state)
         for question in args.ask:
             reply(reader, question, args.json)
-        if not args.ask and not args.save_state:
+        if not (args.ask or args.save_state or args.written):
             converse(reader)
     except (ValueError, OSError) as e:
         sys.exit(f"sample.py: {e}")

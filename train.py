@@ -70,11 +70,13 @@ class Config(GPTConfig):
     weight_decay: float = 1e-3       # pull of all weights towards zero
     warmup: int = 100                # steps in which the step size rises from zero
     clip: float = 1.0                # largest norm of a gradient
+    init: str = ""                   # folder of a run whose weights to begin with; {seed} is the seed
     seed: int = 0                    # initial weights and all batches follow from it
     background: list = ("prose",)    # qa1, passkey, text: UTF-8 files; prose is the built-in text
     babi_dir: str = ""               # qa1: folder of published files, whose test questions are asked
     eval_lengths: str = "2,4,8,16"   # where to evaluate, in pairs, words or bytes; 1k and 1M work
     eval_samples: str = "2000"       # questions at each length; in a list, the last number repeats
+    released: list = ()              # qa: files of released BABILong samples, asked instead
     eval_batch: int = 0              # rows read side by side in an evaluation; 0 means batch_size
     device: str = "auto"             # auto takes cuda, then mps, then cpu
     out_dir: str = ""                # folder of the run, or of a grid; left out, out/TASK-MEMORY-seedN
@@ -102,8 +104,9 @@ PRESETS = {
         eval_lengths="64,512,4k", eval_samples="64"),
 }
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
-LISTS = {"stages", "background", "eval_lengths", "eval_samples"}        # a comma here makes no grid
-ASIDE = {"background", "babi_dir", "eval_lengths", "eval_samples", "eval_batch", "device", "out_dir"}
+LISTS = {"stages", "background", "released", "eval_lengths", "eval_samples"}        # a comma here makes no grid
+ASIDE = {"background", "babi_dir", "released", "eval_lengths", "eval_samples", "eval_batch", "device",
+         "out_dir"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,6 +212,9 @@ def check(config):
     stages, form = numbers("stages", config.stages), "FACTS/WORDS" if babi_parts(config.task) else "N"
     if any(len(stage) != 1 + form.count("/") or stage[0] < 1 for stage in stages):
         raise ValueError(f"--stages: '{config.stages}', but a stage of {config.task} reads {form}")
+    if not config.babi_dir and set(babi_parts(config.task)) - set(babi.TASKS):
+        raise ValueError(f"--babi_dir: only {', '.join(babi.TASKS)} can be simulated; for {config.task} "
+                         f"name a folder with the published files")
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer: there is no '{config.optimizer}'; choose muon or adamw")
     if config.task == "remember" and max(stages)[0] > 16 ** config.key_size:
@@ -337,6 +343,12 @@ class Run:
             config.n_embd = equal_width(config)
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(device)
+        if config.init and not checkpoint:
+            weights = load(config.init.format(seed=config.seed))[1].state_dict()
+            if {k: p.shape for k, p in weights.items()} != {
+                    k: p.shape for k, p in self.model.state_dict().items()}:
+                raise ValueError(f"--init: the model in {config.init} has other sizes")
+            self.model.load_state_dict(weights)
         for name in getattr(type(self.model.memory), "defaults", {}):
             setattr(config, name, getattr(self.model.config, name))
         self.optimizers = self.make_optimizers()
@@ -549,7 +561,10 @@ class Bookmark:
 def evaluate_questions(model, task, config, cell, device, files):
     """Accuracy on the questions of one cell of the table; prints the last one."""
     length, part = cell["length"], dict(part=cell["part"]) if "part" in cell else {}
-    questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **part)
+    if "released" in cell:
+        questions, left_out = task.released(cell["released"]), 0
+    else:
+        questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **part)
     size, mark = config.eval_batch or config.batch_size, Bookmark(config.out_dir, cell)
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc=" ".join([*part.values(), f"{length} {task.unit}"]), unit="tok",
@@ -597,24 +612,32 @@ def evaluate_text(model, task, length, n, device):
                 tokens=idx.numel())
 
 
+def cells(task, config, files):
+    """What there is to evaluate: one dict for each cell of the table."""
+    parts = getattr(task, "parts", [])
+    if config.released and not parts:
+        raise ValueError(f"--released: these samples are of qa1 to qa20, not of {config.task}")
+    if config.released:
+        return [dict(length=task.typical_length(file), asked=0, split="test", part=parts[0], released=str(file))
+                for file in config.released]
+    counts = [n for n, in numbers("eval_samples", config.eval_samples)]
+    lengths = [length for length, in numbers("eval_lengths", config.eval_lengths)]
+    fresh = config.task in ("remember", "rewrite", "passkey") or config.babi_dir
+    return [dict(length=length, asked=counts[min(i, len(counts) - 1)], split="test" if fresh else "val",
+                 **(dict(part=part) if part else {}),
+                 **(dict(background=[Path(file).name for file in files]) if files else {}))
+            for part in parts or [None] for i, length in enumerate(lengths)]
+
+
 def evaluate(model, task, config, device, at, files=None, resume=False):
     """
     One row of metrics for each part of the task and each of config.eval_lengths, written down as they
     come. With resume, rows that are there already are not made again.
     """
-    counts = [n for n, in numbers("eval_samples", config.eval_samples)]
-    lengths = [length for length, in numbers("eval_lengths", config.eval_lengths)]
-    fresh = config.task in ("remember", "rewrite", "passkey")
-    before = read_metrics(config.out_dir) if resume else []
-    rows = []
+    before, rows = read_metrics(config.out_dir) if resume else [], []
     model.eval()
-    for part, (i, length) in itertools.product(getattr(task, "parts", [None]), enumerate(lengths)):
-        cell = dict(length=length, asked=counts[min(i, len(counts) - 1)],
-                    split="test" if fresh or config.babi_dir else "val", step=at["step"])
-        if part:
-            cell["part"] = part
-        if files:
-            cell["background"] = [Path(file).name for file in files]
+    for cell in cells(task, config, files):
+        cell["step"] = at["step"]
         row = next((row for row in before if row["kind"] == "eval" and cell.items() <= row.items()), None)
         if row is None:
             began = time.time()

@@ -7,6 +7,7 @@ a fixed number of buckets. So there is no vocabulary to build, and any text can 
 Lengths count the words of facts and background, not the marks . ? ! and not the question.
 """
 import itertools
+import json
 import random
 import re
 import zlib
@@ -40,9 +41,10 @@ class Words:
     def encode(self, text):
         return [self.id(word) for word in self.split(text)]
 
-    def unknown(self, text):
-        """The words of the text that are in no bAbI task, each once: a trained model has no meaning for them."""
-        return list(dict.fromkeys(word for word in self.split(text) if word.lower() not in self.ids))
+    def unknown(self, text, known=None):
+        """The words of the text that are not known, each once. Known, if not said, are all words with ids of their own."""
+        known = self.ids if known is None else known
+        return list(dict.fromkeys(word for word in self.split(text) if word.lower() not in known and word not in MARKS))
 
     def name(self, i):
         """What the model means by id i; all words of a bucket look alike."""
@@ -228,7 +230,7 @@ class BABILong(InText):
     stories; the others are read from the published files in `babi_dir`.
     """
     unit = "words"
-    n_questions = 4                     # most questions to one story: reading is dear, asking is cheap
+    n_questions = 6                     # most questions to one story: reading is dear, asking is cheap
 
     def __init__(self, words, files=(PROSE,), tasks=("qa1",), babi_dir=""):
         super().__init__(words, files)
@@ -251,6 +253,13 @@ class BABILong(InText):
             self.samples[key] = babi.samples(chosen)
         return self.samples[key]
 
+    def vocabulary(self):
+        """The words that the tasks use, in lower case: those of some hundred stories (qa6 to qa20: of all tasks)."""
+        if set(self.parts) - set(babi.TASKS):
+            return set(self.words.ids)
+        lines = [line for part in self.parts for story in babi.simulate(random.Random(0), part, 200) for line in story]
+        return {word.lower() for line in lines for word in self.words.split(f"{line.text} {line.answer or ''}")}
+
     def story(self, dice, part, n_facts, earlier):
         """
         What a row is told, as texts; what it can be asked from then on, as [(question, answer)]; and what to give as
@@ -269,13 +278,16 @@ class BABILong(InText):
             new = list(itertools.islice(babi.world(dice, part, told), n_facts))
             events = told + new
             found = [ask for about in babi.subjects(part, events) for ask in babi.asks(part, events, about)]
+            if found and part in ("qa2", "qa3"):                        # where a thing is, is where somebody went
+                moves = [event for event in events if event.action == "move"]
+                found += [babi.asks("qa1", moves, who)[0] for who in babi.subjects("qa1", moves)]
             if told or found and not babi.is_published([event.text for event in new]):
                 return [e.text for e in new], [(a.question, a.answer) for a in found], list(map(list, events[-300:]))
         raise ValueError(f"stages: {n_facts} facts are too few for a question of {part}")
 
     def batch(self, rng, size, stage, earlier=None):
         """
-        `size` stories in texts of about one length -> Batch, with up to four of the questions that each can answer.
+        `size` stories in texts of about one length -> Batch, with up to six of the questions that each can answer.
         `earlier` has for each row what it goes on from, or None. A row that goes on is told nothing new half of the
         time: the old has to be kept.
         """
@@ -288,7 +300,7 @@ class BABILong(InText):
         questions, answers = [], np.full((size, self.n_questions), -1)
         for i in range(size):
             part, old = earlier[i] if earlier and earlier[i] else (dice.choice(self.parts), [])
-            least = dict(qa3=3, qa4=2).get(part, 2)
+            least = 3 if part == "qa3" else 1
             silent = bool(old) and dice.random() < 0.5
             facts, found, new = self.story(dice, part, 0 if silent else max(least, n_facts), old)
             facts = [self.encode(fact) for fact in facts]
@@ -300,6 +312,31 @@ class BABILong(InText):
             answers[i, :len(found)] = [self.words.id(answer) for _, answer in found]
         questions = fill(questions)
         return Batch(fill(rows), questions.reshape(size, self.n_questions, -1), answers, stories)
+
+    def released(self, file):
+        """
+        The samples of a file as BABILong is released: a JSON list, or one JSON object a line, each with input, question
+        and target. ValueError with file and number for a sample that lacks one of them or has an unknown target.
+        """
+        text, out = read_text(file, "test"), []
+        try:
+            samples = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+        except ValueError as e:
+            raise ValueError(f"{file}: not JSON ({e})") from None
+        for i, sample in enumerate(samples, start=1):
+            if not isinstance(sample, dict) or not all(isinstance(sample.get(k), str) for k in ("input", "question", "target")):
+                raise ValueError(f"{file}, sample {i}: expected the texts input, question and target")
+            answer = self.words.ids.get(sample["target"].strip().lower())
+            if answer is None:
+                raise ValueError(f"{file}, sample {i}: '{sample['target'][:40]}' is no answer of bAbI's twenty tasks")
+            context = np.array(self.words.encode(sample["input"]), dtype=np.int64)
+            out.append(Question([context], self.words.encode(sample["question"]), answer))
+        return out
+
+    def typical_length(self, file):
+        """How many words the samples of a released file have on average."""
+        questions = self.released(file)
+        return round(sum(Words.count(q.context[0]) for q in questions) / max(1, len(questions)))
 
     def questions(self, length, n, babi_dir="", files=None, part=None):
         """
