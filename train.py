@@ -6,7 +6,8 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --memory rmt,armt --seed 0,1,2    a grid: one folder a run, one table at the end
     python train.py --task rewrite                    keys that are written again and again
     python train.py --preset remember256              256 keys of two symbols, up to 128 pairs
-    python train.py --task qa1                        BABILong qa1: facts in background text
+    python train.py --task qa1                        BABILong: facts in background text (qa1 to qa20)
+    python train.py --task qa2 --init out/qa1-armt-seed0       begin with what qa1 has learned
     python train.py --task passkey --memory fam       five digits, told once in a long text
     python train.py --task text --background a.txt    the bytes of any text
     python train.py --task qa1 --eval_only --eval_lengths 0,1k,16k --babi_dir DIR --background b.txt
@@ -47,19 +48,19 @@ from data.text import Text
 class Config(GPTConfig):
     """A run: the model, the task, the curriculum, the optimizers. Each field is a flag of that name."""
     vocab_size: int = 0              # set by the task
-    words: list = ()                 # qa1, passkey: the words with ids of their own; set by the task
+    words: list = ()                 # qa, passkey: the words with ids of their own; set by the task
     equal: str = ""                  # a memory: n_embd becomes what gives as many parameters as it has
-    task: str = "remember"           # remember, rewrite, qa1, passkey or text
-    stages: str = "2,4,8,16"         # curriculum: pairs, qa1 facts/words, passkey segments, text bytes
+    task: str = "remember"           # remember, rewrite, passkey, text, or qa1 to qa20, joined by +
+    stages: str = "2,4,8,16"         # curriculum: pairs, qa facts/words, passkey segments, text bytes
     stage_steps: int = 3000          # most steps of any other stage; if they are used up, the run ends
     learned: float = 0.98            # running accuracy at which a stage is learned
     last_steps: int = 200            # steps of the last stage, in which the step size falls to zero
     key_size: int = 1                # recall: symbols in a key, so 16^key_size keys
     questions: int = 4               # recall: questions asked of one read
     key: str = "first"               # passkey: first, random, decoys or rewritten, see data/passkey.py
-    buckets: int = 1024              # qa1, passkey: ids shared by all words that are not the task's
-    cut: float = 0.0                 # qa1: share of batches with background that are cut in two
-    carry: float = 0.0               # not remember, text: share of rows that read on in the last stage
+    buckets: int = 1024              # qa, passkey: ids shared by all words that are not the task's
+    cut: float = 0.0                 # qa: share of batches with background that are cut in two
+    carry: float = 0.0               # last stage: with what probability the most patient row reads on
     jitter: float = 0.0              # noise on carried memories, in parts of their size
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
     recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
@@ -73,8 +74,8 @@ class Config(GPTConfig):
     clip: float = 1.0                # largest norm of a gradient
     init: str = ""                   # folder of a run whose weights to begin with; {seed} is the seed
     seed: int = 0                    # initial weights and all batches follow from it
-    background: list = ("prose",)    # qa1, passkey, text: UTF-8 files; prose is the built-in text
-    babi_dir: str = ""               # qa1: folder of published files, whose test questions are asked
+    background: list = ("prose",)    # qa, passkey, text: UTF-8 files; prose is the built-in text
+    babi_dir: str = ""               # qa: folder of published files, whose test questions are asked
     eval_lengths: str = "2,4,8,16"   # where to evaluate, in pairs, words or bytes; 1k and 1M work
     eval_samples: str = "2000"       # questions at each length; in a list, the last number repeats
     released: list = ()              # qa: files of released BABILong samples, asked instead
@@ -710,14 +711,18 @@ def table(results):
 
 
 def table_by_depth(kind, runs):
-    """Print the accuracy by where the oldest fact stands that a question needs, of all seeds together."""
+    """
+    Print the accuracy by where the oldest fact stands that a question needs, of all seeds together; and
+    how long the text is for GPT-2, about, since published lengths are counted so.
+    """
     lengths = sorted({length for _, cells in runs for length, row in cells.items() if row.get("depths")})
     if lengths:
         print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n"
-              f"{'words':>11}  " + "  ".join(f"{f'{20 * i}-{20 * i + 20}%':>11}" for i in range(5)))
+              f"{'words':>11}  {'GPT-2 tokens':>12}  " + "  ".join(f"{f'{20 * i}-{20 * i + 20}%':>11}" for i in range(5)))
     for length in lengths:
         depths = sum(np.array(cells[length]["depths"]) for _, cells in runs if length in cells)
-        print(f"{length:11,}  " + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths.tolist()))
+        print(f"{length:11,}  {round(length * babilong.GPT2_TOKENS):12,}  "
+              + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths.tolist()))
 
 
 # --------------------------------------------------------------------------------------------------

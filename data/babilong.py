@@ -18,6 +18,7 @@ import numpy as np
 from . import Batch, Question, babi, fill, generator
 
 MARKS = [".", "?", "!"]
+GPT2_TOKENS = 1.44                  # to a word: the 128K split of BABILong has 127,695 in 88,592 words
 PROSE = "prose"                     # the name of the built-in background
 
 
