@@ -2072,6 +2072,12 @@ def test_accuracy_is_shown_by_depth_with_its_interval(qa1, capsys):
     row, out = rows_of(qa1 / "run", "eval")[-1], capsys.readouterr().out
     assert sum(n for n, _ in row["depths"]) == 20 and sum(r for _, r in row["depths"]) == round(20 * row["accuracy"])
     assert "by the place of the oldest fact" in out and "95% interval" in out
+    for band, empty in (("0,0.1", slice(1, 5)), ("0.9,1", slice(0, 4))):
+        train.main(["--eval_only", "--out_dir", str(qa1 / "run"), "--eval_lengths", "2k", "--eval_samples", "20",
+                    "--babi_dir", str(qa1 / "babi"), "--band", band])
+        row = rows_of(qa1 / "run", "eval")[-1]
+        assert row["band"] == band and sum(n for n, _ in row["depths"][empty]) == 0
+    assert "--band" in fails(capsys, train.main, "--eval_only", "--out_dir", qa1 / "run", "--band", "0.5")
     for right, n in ((0, 20), (20, 20), (7, 20), (990, 1000)):
         low, high = train.interval(right, n)
         for p in (low, high):                                  # Wilson's: the shares from which right / n is 1.96 sd away

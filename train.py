@@ -78,6 +78,7 @@ class Config(GPTConfig):
     babi_dir: str = ""               # qa: folder of published files, whose test questions are asked
     eval_lengths: str = "2,4,8,16"   # where to evaluate, in pairs, words or bytes; 1k and 1M work
     eval_samples: str = "2000"       # questions at each length; in a list, the last number repeats
+    band: str = "0,1"                # qa: between which parts of a text to hide the facts when evaluating
     released: list = ()              # qa: files of released BABILong samples, asked instead
     eval_batch: int = 0              # rows read side by side in an evaluation; 0 means batch_size
     device: str = "auto"             # auto takes cuda, then mps, then cpu
@@ -107,9 +108,9 @@ PRESETS = {
         eval_lengths="64,512,4k", eval_samples="64"),
 }
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
-LISTS = {"stages", "background", "released", "eval_lengths", "eval_samples"}        # a comma here makes no grid
-ASIDE = {"background", "babi_dir", "released", "eval_lengths", "eval_samples", "eval_batch", "device",
-         "out_dir"}
+LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}        # a comma here makes no grid
+ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_batch",
+         "device", "out_dir"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,6 +202,13 @@ def numbers(name, value):
                          f"{getattr(Config, name)}") from None
 
 
+def check_band(config):
+    """ValueError unless --band is two numbers that rise from 0 to 1."""
+    if not re.fullmatch(r"[\d.]+,[\d.]+", config.band) or not (
+            0 <= float(config.band.split(",")[0]) <= float(config.band.split(",")[1]) <= 1):
+        raise ValueError(f"--band: '{config.band}' is not two numbers from 0 to 1, such as 0,0.2")
+
+
 def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
@@ -218,6 +226,7 @@ def check(config):
     if not config.babi_dir and set(babi_parts(config.task)) - set(babi.TASKS):
         raise ValueError(f"--babi_dir: only {', '.join(babi.TASKS)} can be simulated; for {config.task} "
                          f"name a folder with the published files")
+    check_band(config)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer: there is no '{config.optimizer}'; choose muon or adamw")
     if config.task == "remember" and max(stages)[0] > 16 ** config.key_size:
@@ -572,7 +581,8 @@ def evaluate_questions(model, task, config, cell, device, files):
     if "released" in cell:
         questions, left_out = task.released(cell["released"]), 0
     else:
-        questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **part)
+        band = dict(band=tuple(map(float, cell["band"].split(",")))) if "band" in cell else {}
+        questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **part, **band)
     size, mark = config.eval_batch or config.batch_size, Bookmark(config.out_dir, cell)
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc=" ".join([*part.values(), f"{length} {task.unit}"]), unit="tok",
@@ -633,7 +643,8 @@ def cells(task, config, files):
     fresh = config.task in ("remember", "rewrite", "passkey") or config.babi_dir
     return [dict(length=length, asked=counts[min(i, len(counts) - 1)], split="test" if fresh else "val",
                  **(dict(part=part) if part else {}),
-                 **(dict(background=[Path(file).name for file in files]) if files else {}))
+                 **(dict(background=[Path(file).name for file in files]) if files else {}),
+                 **(dict(band=config.band) if config.band != Config.band else {}))
             for part in parts or [None] for i, length in enumerate(lengths)]
 
 
@@ -809,6 +820,7 @@ def evaluate_only(config, given, resume):
     files = config.background if "background" in given else None
     flags = {k: getattr(config, k) for k in ASIDE & given.keys() | {"out_dir"}}
     config = Config(**{**asdict(saved), **flags})
+    check_band(config)
     describe(model, config, device, why)
     at = checkpoint.get("at", dict(step=0, seconds=0.0, learned=True, stage=0))
     rows = evaluate(model, make_task(saved), config, device, at, files, resume)

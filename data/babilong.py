@@ -339,12 +339,12 @@ class BABILong(InText):
         questions = self.released(file)
         return round(sum(Words.count(q.context[0]) for q in questions) / max(1, len(questions)))
 
-    def questions(self, length, n, babi_dir="", files=None, part=None):
+    def questions(self, length, n, babi_dir="", files=None, part=None, band=(0.0, 1.0)):
         """
         Up to n questions of one part in `length` words, and how many stories were left out because they are longer
         than that. With `babi_dir` the published test questions, else simulated ones (qa6 to qa20: of the training file's
-        last tenth); in the passages held back from training, or in `files`, whole, where these are other files. The same
-        questions and places for every model.
+        last tenth); in the passages held back from training, or in `files`, whole, where these are other files. `band`
+        confines the facts to a part of the text. The same questions and places for every model.
         """
         files, part = files or self.files, part or self.parts[0]
         if babi_dir:
@@ -359,7 +359,7 @@ class BABILong(InText):
             facts = [self.encode(fact) for fact in sample.facts]
             if not 0 < length < sum(map(Words.count, facts)):
                 rng, background = generator(0, "test", length, i), self.text(files, self.part(files))
-                context, starts = compose(rng, facts, length, background)
+                context, starts = compose(rng, facts, length, background, band)
                 depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))
                 out.append(Question(context, self.encode(sample.question), self.words.id(sample.answer), depth))
         return out, len(samples) - len(out)
