@@ -61,7 +61,7 @@ class Config(GPTConfig):
     buckets: int = 1024              # qa, passkey: ids shared by all words that are not the task's
     cut: float = 0.0                 # qa: share of batches with background that are cut in two
     carry: float = 0.0               # last stage: with what probability the most patient row reads on
-    jitter: float = 0.0              # noise on carried memories, in parts of their size
+    jitter: float = 0.0              # share of a carried memory that is replaced by noise
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
     recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
     pass_state: float = 0.0          # last stage: share of batches that start from others' states
@@ -101,7 +101,7 @@ PRESETS = {
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "passkey": dict(
         task="passkey", segment_len=32, batch_size=32, lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,18,18",
-        carry=0.95, jitter=0.1, last_steps=1000, eval_lengths="2,18,254,2540",
+        carry=0.95, jitter=0.3, last_steps=1000, eval_lengths="2,18,254,2540",
         eval_samples="1000,1000,100,100", eval_batch=100),
     "text": dict(
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, last_steps=1000,
@@ -213,7 +213,7 @@ def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
                   questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1),
-                  pass_state=(0, 1), jitter=(0, math.inf), bptt=(0, math.inf), recompute=(0, math.inf), dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
+                  pass_state=(0, 1), jitter=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf), dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
                   eval_batch=(0, math.inf))
@@ -343,6 +343,15 @@ def equal_width(config):
     return min(widths, key=lambda width: abs(n_params(config.memory, config.ablate, width) - goal))
 
 
+def disturb(memory, share):
+    """A memory (B, ...), a share of its size replaced by noise: what is to last has to repair itself."""
+    if not share or memory[0].numel() < 2:                           # a flag stays what it is
+        return memory
+    size = memory.flatten(1).square().mean(1).sqrt()                                             # (B,)
+    noise = torch.randn_like(memory) * size.view(-1, *[1] * (memory.dim() - 1))
+    return math.sqrt(1 - share ** 2) * memory + share * noise
+
+
 class Run:
     """One training run. Whatever a step changes is in its checkpoint."""
 
@@ -399,9 +408,7 @@ class Run:
             stay = torch.tensor([story is not None for story in earlier], device=self.device)     # (B,)
 
             def choose(old, new):
-                if old[0].numel() > 1 and self.config.jitter:            # a flag stays what it is
-                    noise = torch.randn_like(old) * old.square().mean((*range(1, old.dim()),), keepdim=True).sqrt()
-                    old = old + self.config.jitter * noise               # what is kept must repair itself
+                old = disturb(old, self.config.jitter)
                 return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
             return state_map(choose, self.carried[0], self.model.init_state(size))
         if self.carried and rng.random() < self.config.pass_state:
