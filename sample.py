@@ -233,7 +233,7 @@ def make_parser():
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--facts", default="", help="qa: sentences to tell")
     parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa: UTF-8 files to read")
-    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: questions; left out, a conversation")
+    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: questions; none, a conversation")
     parser.add_argument("--quiz", type=int, metavar="N", help="qa: N times three facts, the files, one question")
     parser.add_argument("--written", action="store_true", help="qa: show which segments wrote to memory")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")

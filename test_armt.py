@@ -1094,7 +1094,7 @@ def test_qa3_asks_for_late_places_and_qa4_tells_from_both_sides(simulated):
 
 
 def solve(task, facts, question):
-    """Right answers to a question, the latest at the end, by replaying the facts: no shared code with data/babi.py but its names."""
+    """Right answers to a question, the latest at the end, by replaying the facts: data/babi.py lends only its names."""
     words, places, holder, history, gifts = question.removesuffix("?").split(), {}, {}, {}, []
     for event in map(parse, facts):
         if event.action == "lies":
@@ -1113,7 +1113,7 @@ def solve(task, facts, question):
             before = history.setdefault(event.what, [None])
             if event.action == "drop" and places.get(event.who) not in (None, before[-1]):
                 before.append(places[event.who])             # he had moved before anybody saw him carry it
-    if task == "qa1" or words[0] == "Where" and words[2] in places:                  # in training, qa2 and qa3 ask for people, too
+    if task == "qa1" or words[0] == "Where" and words[2] in places:          # in training qa2 and qa3 ask for people, too
         return [places[words[2]]]
     if task == "qa2":
         who = holder[words[3]]
@@ -2076,7 +2076,7 @@ def test_accuracy_is_shown_by_depth_with_its_interval(qa1, capsys):
         train.main(["--eval_only", "--out_dir", str(qa1 / "run"), "--eval_lengths", "2k", "--eval_samples", "20",
                     "--babi_dir", str(qa1 / "babi"), "--band", band])
         row = rows_of(qa1 / "run", "eval")[-1]
-        assert row["band"] == band and sum(n for n, _ in row["depths"][empty]) == 0
+        assert row["band"] == [float(part) for part in band.split(",")] and sum(n for n, _ in row["depths"][empty]) == 0
     assert "--band" in fails(capsys, train.main, "--eval_only", "--out_dir", qa1 / "run", "--band", "0.5")
     for right, n in ((0, 20), (20, 20), (7, 20), (990, 1000)):
         low, high = train.interval(right, n)

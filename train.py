@@ -78,7 +78,7 @@ class Config(GPTConfig):
     babi_dir: str = ""               # qa: folder of published files, whose test questions are asked
     eval_lengths: str = "2,4,8,16"   # where to evaluate, in pairs, words or bytes; 1k and 1M work
     eval_samples: str = "2000"       # questions at each length; in a list, the last number repeats
-    band: str = "0,1"                # qa: between which parts of a text to hide the facts when evaluating
+    band: str = "0,1"                # qa: the part of a text in which an evaluation hides the facts
     released: list = ()              # qa: files of released BABILong samples, asked instead
     eval_batch: int = 0              # rows read side by side in an evaluation; 0 means batch_size
     device: str = "auto"             # auto takes cuda, then mps, then cpu
@@ -108,7 +108,7 @@ PRESETS = {
         eval_lengths="64,512,4k", eval_samples="64"),
 }
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
-LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}        # a comma here makes no grid
+LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
 ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_batch",
          "device", "out_dir"}
 
@@ -213,7 +213,8 @@ def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
                   questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1),
-                  pass_state=(0, 1), jitter=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf), dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
+                  jitter=(0, 1), pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
+                  dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
                   eval_batch=(0, math.inf))
@@ -224,8 +225,8 @@ def check(config):
     if any(len(stage) != 1 + form.count("/") or stage[0] < 1 for stage in stages):
         raise ValueError(f"--stages: '{config.stages}', but a stage of {config.task} reads {form}")
     if not config.babi_dir and set(babi_parts(config.task)) - set(babi.TASKS):
-        raise ValueError(f"--babi_dir: only {', '.join(babi.TASKS)} can be simulated; for {config.task} "
-                         f"name a folder with the published files")
+        raise ValueError(f"--babi_dir: only {', '.join(babi.TASKS)} can be simulated; for "
+                         f"{config.task} name a folder with the published files")
     check_band(config)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer: there is no '{config.optimizer}'; choose muon or adamw")
@@ -344,7 +345,7 @@ def equal_width(config):
 
 
 def disturb(memory, share):
-    """A memory (B, ...), a share of its size replaced by noise: what is to last has to repair itself."""
+    """A memory (B, ...), a share of it replaced by noise: what is to last has to repair itself."""
     if not share or memory[0].numel() < 2:                           # a flag stays what it is
         return memory
     size = memory.flatten(1).square().mean(1).sqrt()                                             # (B,)
@@ -561,7 +562,7 @@ def answer(model, questions, device, bar, keep=lambda chunk, state: None, start=
 
 
 class Bookmark:
-    """Where the evaluation of one cell of the table is: in a file, so that days of reading can be stopped."""
+    """How far the evaluation of one cell of the table is, in a file: hours of reading can be stopped."""
 
     def __init__(self, folder, cell):
         self.path, self.cell, self.place = Path(folder, "reading.pt"), cell, ([], 0, None)
@@ -569,7 +570,7 @@ class Bookmark:
         if self.path.exists():
             kept = torch.load(self.path, weights_only=True)
             if kept["cell"] == cell:
-                self.place = kept["place"]               # answers so far; chunks and state of this batch
+                self.place = kept["place"]              # answers so far; chunks and state of this batch
 
     def keep(self, *place):
         self.place = place
@@ -584,16 +585,16 @@ class Bookmark:
 
 def evaluate_questions(model, task, config, cell, device, files):
     """Accuracy on the questions of one cell of the table; prints the last one."""
-    length, part = cell["length"], dict(part=cell["part"]) if "part" in cell else {}
+    length, part, left_out = cell["length"], cell.get("part", ""), 0
     if "released" in cell:
-        questions, left_out = task.released(cell["released"]), 0
+        questions = task.released(cell["released"])
     else:
-        band = dict(band=tuple(map(float, cell["band"].split(",")))) if "band" in cell else {}
-        questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **part, **band)
+        options = {name: cell[name] for name in ("part", "band") if name in cell}
+        questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **options)
     size, mark = config.eval_batch or config.batch_size, Bookmark(config.out_dir, cell)
     tokens = sum(len(piece) for q in questions for piece in q.context)
-    with tqdm(total=tokens, desc=" ".join([*part.values(), f"{length} {task.unit}"]), unit="tok",
-              unit_scale=True, leave=False) as bar:
+    with tqdm(total=tokens, desc=f"{part} {length} {task.unit}".strip(), unit="tok", unit_scale=True,
+              leave=False) as bar:
         try:
             for begin in range(0, len(questions), size):
                 said, start, state = mark.place
@@ -621,8 +622,10 @@ def evaluate_questions(model, task, config, cell, device, files):
     if config.task == "remember":
         row["stored"] = round(stored_pairs(length, accuracy), 2)
     if part:
-        fifth = np.array([min(int(5 * q.depth), 4) for q in questions])
-        row["depths"] = [[int(sum(fifth == i)), int(sum(np.array(right)[fifth == i]))] for i in range(5)]
+        row["depths"] = [[0, 0] for _ in range(5)]       # in each fifth of the text: questions, right ones
+        for question, ok in zip(questions, right):
+            fifth = row["depths"][min(int(5 * question.depth), 4)]
+            fifth[:] = fifth[0] + 1, fifth[1] + ok
     return row
 
 
@@ -643,16 +646,18 @@ def cells(task, config, files):
     if config.released and not parts:
         raise ValueError(f"--released: these samples are of qa1 to qa20, not of {config.task}")
     if config.released:
-        return [dict(length=task.typical_length(file), asked=0, split="test", part=parts[0], released=str(file))
-                for file in config.released]
+        return [dict(length=task.typical_length(file), asked=0, split="test", part=parts[0], released=file)
+                for file in map(str, config.released)]
     counts = [n for n, in numbers("eval_samples", config.eval_samples)]
     lengths = [length for length, in numbers("eval_lengths", config.eval_lengths)]
     fresh = config.task in ("remember", "rewrite", "passkey") or config.babi_dir
-    return [dict(length=length, asked=counts[min(i, len(counts) - 1)], split="test" if fresh else "val",
-                 **(dict(part=part) if part else {}),
-                 **(dict(background=[Path(file).name for file in files]) if files else {}),
-                 **(dict(band=config.band) if config.band != Config.band else {}))
-            for part in parts or [None] for i, length in enumerate(lengths)]
+    common = dict(split="test" if fresh else "val")
+    if files:
+        common["background"] = [Path(file).name for file in files]
+    if config.band != Config.band:
+        common["band"] = [float(part) for part in config.band.split(",")]
+    return [dict(length=length, asked=counts[min(i, len(counts) - 1)], **common, **part)
+            for part in ([dict(part=part) for part in parts] or [{}]) for i, length in enumerate(lengths)]
 
 
 def evaluate(model, task, config, device, at, files=None, resume=False):
@@ -664,7 +669,8 @@ def evaluate(model, task, config, device, at, files=None, resume=False):
     model.eval()
     for cell in cells(task, config, files):
         cell["step"] = at["step"]
-        row = next((row for row in before if row["kind"] == "eval" and cell.items() <= row.items()), None)
+        done = [row for row in before if row["kind"] == "eval" and cell.items() <= row.items()]
+        row = done[-1] if done else None
         if row is None:
             began = time.time()
             if config.task == "text":
@@ -687,8 +693,8 @@ def interval(right, n):
 
 def table(results):
     """
-    Print [(config, final row, eval rows)], one line a kind of run: mean and spread over seeds. Below the
-    tasks of bAbI stands the 95% interval of all seeds' questions together, and a table by depth.
+    Print [(config, final row, eval rows)], one line a kind of run: mean and spread over seeds. For the
+    tasks of bAbI also the 95% interval of all seeds' questions together, and a table by depth.
     """
     kinds = {}
     for config, final, rows in results:
@@ -703,7 +709,8 @@ def table(results):
     print("\n" + "  ".join([f"{'accuracy, %':{width}}", "seeds", "parameters", "state floats",
                             "minutes", "tokens/s", *[f"{length:>11,}" for length in lengths]]))
     for kind, runs in kinds.items():
-        finals, rows = [final for final, _ in runs], [row for _, cells in runs for row in cells.values()]
+        finals = [final for final, _ in runs]
+        rows = [row for _, cells in runs for row in cells.values()]
         speed = sum(row["tokens"] for row in rows) / max(0.01, sum(row["read_seconds"] for row in rows))
         means, pooled = [], []
         for length in lengths:
@@ -733,10 +740,11 @@ def table_by_depth(kind, runs):
     Print the accuracy by where the oldest fact stands that a question needs, of all seeds together; and
     how long the text is for GPT-2, about, since published lengths are counted so.
     """
-    lengths = sorted({length for _, cells in runs for length, row in cells.items() if row.get("depths")})
+    lengths = sorted({n for _, cells in runs for n, row in cells.items() if "depths" in row})
     if lengths:
+        fifths = "  ".join(f"{f'{start}-{start + 20}%':>11}" for start in range(0, 100, 20))
         print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n"
-              f"{'words':>11}  {'GPT-2 tokens':>12}  " + "  ".join(f"{f'{20 * i}-{20 * i + 20}%':>11}" for i in range(5)))
+              f"{'words':>11}  {'GPT-2 tokens':>12}  {fifths}")
     for length in lengths:
         depths = sum(np.array(cells[length]["depths"]) for _, cells in runs if length in cells)
         print(f"{length:11,}  {round(length * babilong.GPT2_TOKENS):12,}  "

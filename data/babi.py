@@ -172,7 +172,7 @@ class Event(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A question, its answer, the indices of the facts that tell it, and how likely it is among others of its subject."""
+    """A question, its answer, the indices of the facts that tell it, and its weight among others of its subject."""
     question: str
     answer: str
     support: tuple

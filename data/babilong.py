@@ -43,7 +43,7 @@ class Words:
         return [self.id(word) for word in self.split(text)]
 
     def unknown(self, text, known=None):
-        """The words of the text that are not known, each once. Known, if not said, are all words with ids of their own."""
+        """The words of the text that are not known, each once. If not said, all words with ids of their own are."""
         known = self.ids if known is None else known
         return list(dict.fromkeys(word for word in self.split(text) if word.lower() not in known and word not in MARKS))
 
@@ -325,7 +325,8 @@ class BABILong(InText):
         except ValueError as e:
             raise ValueError(f"{file}: not JSON ({e})") from None
         for i, sample in enumerate(samples, start=1):
-            if not isinstance(sample, dict) or not all(isinstance(sample.get(k), str) for k in ("input", "question", "target")):
+            parts = [sample.get(name) for name in ("input", "question", "target")] if isinstance(sample, dict) else [None]
+            if not all(isinstance(part, str) for part in parts):
                 raise ValueError(f"{file}, sample {i}: expected the texts input, question and target")
             answer = self.words.ids.get(sample["target"].strip().lower())
             if answer is None:
@@ -342,8 +343,8 @@ class BABILong(InText):
     def questions(self, length, n, babi_dir="", files=None, part=None, band=(0.0, 1.0)):
         """
         Up to n questions of one part in `length` words, and how many stories were left out because they are longer
-        than that. With `babi_dir` the published test questions, else simulated ones (qa6 to qa20: of the training file's
-        last tenth); in the passages held back from training, or in `files`, whole, where these are other files. `band`
+        than that. With `babi_dir` the published test questions, else simulated ones (qa6 to qa20: of the last tenth of
+        the training file); in the passages held back from training, or in `files`, whole, where these are other files. `band`
         confines the facts to a part of the text. The same questions and places for every model.
         """
         files, part = files or self.files, part or self.parts[0]

@@ -7,8 +7,8 @@ Fetch the published bAbI files and four public-domain books: 12 MB and 3 MB, onc
 A download that breaks off is kept as FILE.part, and the same command goes on with it. Nothing else is written before it
 was checked: each bAbI file by its SHA-256 (data/babi.sha256), each book by its title and its size.
 
-The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training on qa1 to qa5
-needs none of these files: their stories are simulated.
+The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training on qa1 to
+qa5 needs none of these files: their stories are simulated.
 """
 import argparse
 import hashlib
@@ -41,7 +41,8 @@ def fetch(url, path):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "armt/1.0", **({"Range": f"bytes={have}-"} if have else {})})
+    headers = {"User-Agent": "armt/1.0", **({"Range": f"bytes={have}-"} if have else {})}
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             goes_on = answer.status == 206                              # else the server sends all of it again
