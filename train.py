@@ -90,8 +90,8 @@ PRESETS = {
     "remember256": dict(
         segment_len=5, key_size=2, d_mem=64, questions=8, stages="1,2,4,8,16,50,100", batch_size=32,
         learned=0.9, last_steps=300, eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
-    "compare": dict(
-        segment_len=4, n_layer=3, n_head=2, equal="armt", lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,16"),
+    "compare": dict(                                     # of any task: one recipe for all memories
+        n_layer=3, n_head=2, equal="armt", batch_size=32, lr=1e-3, muon_lr=5e-3, last_steps=300),
     "rewrite": dict(
         task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50",
         eval_lengths="16,50,100,200,500", eval_samples="500"),
@@ -171,17 +171,17 @@ def grid(preset, given):
     configs = []
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
-        task = chosen.get("task", "remember")
+        task = chosen.get("task", PRESETS.get(preset, {}).get("task", "remember"))
         if task not in TASKS and not babi_parts(task):
             raise ValueError(f"--task: there is no '{task}'; choose one of {', '.join(TASKS)}, "
                              f"qa1 ... qa20, or several of these as in qa1+qa2")
-        kind = preset or task
-        c = Config(**{**PRESETS.get(kind, PRESETS["qa1"]), **chosen})
+        c = Config(**{**PRESETS.get(task, PRESETS["qa1"]), **PRESETS.get(preset, {}), **chosen})
         if c.memory != "armt" and "ablate" not in chosen:
             c.ablate = "nothing"                             # a preset's words are those of armt
         if c.memory == "full" and "carry" not in chosen:
             c.carry = 0.0                                    # it would grow without end
-        parts = [kind, c.memory] + [c.ablate] * ("ablate" in chosen)
+        parts = [*dict.fromkeys(filter(None, [preset, chosen.get("task")]))] or [task]
+        parts += [c.memory] + [c.ablate] * ("ablate" in chosen)
         parts += [f"{n}{getattr(c, n)}" for n in varied if n not in named]
         name = "-".join([*parts, f"seed{c.seed}"])
         if varied or not c.out_dir:
@@ -674,7 +674,7 @@ def evaluate(model, task, config, device, at, files=None, resume=False):
         if row is None:
             began = time.time()
             if config.task == "text":
-                row = evaluate_text(model, task, length, cell["asked"], device)
+                row = evaluate_text(model, task, cell["length"], cell["asked"], device)
             else:
                 row = evaluate_questions(model, task, config, cell, device, files)
             row = {**cell, **row, "read_seconds": round(time.time() - began, 2)}
@@ -693,17 +693,24 @@ def interval(right, n):
 
 def table(results):
     """
-    Print [(config, final row, eval rows)], one line a kind of run: mean and spread over seeds. For the
-    tasks of bAbI also the 95% interval of all seeds' questions together, and a table by depth.
+    Print [(config, final row, eval rows)], a table for each task and in it one line a kind of run: mean
+    and spread over seeds. For the tasks of bAbI also the 95% interval of all seeds' questions together,
+    and a table by depth.
     """
-    kinds = {}
-    for config, final, rows in results:
-        name = Path(config.out_dir).name
-        name = re.sub(r"-?seed\d+$", "", name) or name
-        parts = babi_parts(config.task)
-        for part in parts or [None]:
-            cells = {row["length"]: row for row in rows if row.get("part", part) == part}
-            kinds.setdefault(f"{name} {part}" if len(parts) > 1 else name, []).append((final, cells))
+    for task in dict.fromkeys(config.task for config, _, _ in results):
+        kinds = {}
+        for config, final, rows in results:
+            name = Path(config.out_dir).name
+            name = re.sub(r"-?seed\d+$", "", name) or name
+            parts = babi_parts(task)
+            for part in (parts or [None]) * (config.task == task):
+                cells = {row["length"]: row for row in rows if row.get("part", part) == part}
+                kinds.setdefault(f"{name} {part}" if len(parts) > 1 else name, []).append((final, cells))
+        table_of_task(kinds)
+
+
+def table_of_task(kinds):
+    """Print {name: [(final row, {length: eval row})]}, and what the sizes of the models say."""
     lengths = sorted({length for runs in kinds.values() for _, cells in runs for length in cells})
     width = max([len("accuracy, %"), *map(len, kinds)])
     print("\n" + "  ".join([f"{'accuracy, %':{width}}", "seeds", "parameters", "state floats",
