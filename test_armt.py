@@ -324,6 +324,16 @@ def test_none_and_full_are_a_plain_gpt(memory, span):
         assert_close(logits, torch.cat(by_hand), 1e-10)
 
 
+def test_attention_starts_flat():
+    """Before training, no layer gives the last token of a full segment more than a little over an equal share."""
+    torch.manual_seed(0)
+    model, x = GPT(GPTConfig(memory="full")), torch.randn(4, 64, 64)
+    for block in model.memory.blocks:
+        q, k, _ = block.attn.project(block.ln_1(x))
+        share = torch.softmax(armt.rotary(q) @ armt.rotary(k).mT / 4, dim=-1)[:, :, -1]           # a head has d = 16
+        assert share.max() < 1.2 / 64 and share.min() > 0.8 / 64
+
+
 def test_the_state_of_rmt_is_its_write_tokens_after_the_final_layernorm():
     model, idx = tiny("rmt", n_mem=3).double(), some_text(11)
     p = model.state_dict()
@@ -1473,6 +1483,17 @@ def test_a_batch_asks_what_its_stories_tell(task, tmp_path):
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
+def test_a_stage_without_words_gives_each_fact_a_piece_of_its_own(task):
+    batch = babilong.BABILong(BIG, tasks=[task]).batch(generator(0, "train"), 5, (6,))
+    assert batch.context.ndim == 3
+    for pieces, questions, answers, (_, events) in zip(*batch):
+        told = [sentences(piece.tolist()) for piece in pieces]
+        assert [facts for facts in told if facts] == [[event[-1]] for event in events]
+        facts = [event[-1] for event in events]
+        assert all(BIG.name(a) in solve(task, facts, spoken(q)) for q, a in zip(questions, answers) if a >= 0)
+
+
+@pytest.mark.parametrize("task", babi.TASKS)
 def test_rows_that_go_on_are_asked_about_all_that_they_were_told(task):
     made = babilong.BABILong(BIG, tasks=[task])
     whole, earlier, silent = [[] for _ in range(6)], None, 0
@@ -1904,6 +1925,22 @@ def test_rows_grow_old_on_a_logarithmic_scale(monkeypatch, tmp_path):
         run.step()
     mean = np.mean(old[200:], axis=0)                          # of a row that goes on with probability p: p / (1 - p)
     assert mean[0] == 0 and 2 < mean[16] < 4.5 and 6 < mean[32] < 14 and mean[48:].mean() > 25
+
+
+def test_facts_that_stand_apart_are_read_as_segments_of_their_own(tmp_path):
+    config = train.Config(task="qa1", stages="3", n_embd=16, n_head=2, batch_size=4, out_dir=str(tmp_path))
+    run, stage = train.Run(config, "cpu"), (3,)
+    loss, _ = run.loss(generator(0, "train"), stage)
+    context, questions, answers = map(torch.tensor, run.task.batch(generator(0, "train"), 4, stage)[:3])
+    state, losses = None, []
+    for fact in context.unbind(1):
+        _, _, state = run.model(fact, state=state)
+    for row, asked in zip(*(answers >= 0).nonzero(as_tuple=True)):
+        one = armt.state_map(lambda s: s[row:row + 1], state)
+        logits, _, _ = run.model(questions[row, asked][None], state=one)
+        losses.append(torch.nn.functional.cross_entropy(logits[:, -1], answers[row, asked][None]))
+    assert context.size(1) <= 3 and len(losses) > 4
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("recompute, bptt", [(1, 0), (2, 0), (0, 2), (1, 2)])

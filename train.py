@@ -51,7 +51,7 @@ class Config(GPTConfig):
     words: list = ()                 # qa, passkey: the words with ids of their own; set by the task
     equal: str = ""                  # a memory: n_embd becomes what gives as many parameters as it has
     task: str = "remember"           # remember, rewrite, passkey, text, or qa1 to qa20, joined by +
-    stages: str = "2,4,8,16"         # curriculum: pairs, qa facts/words, passkey segments, text bytes
+    stages: str = "2,4,8,16,16"      # curriculum: pairs, qa facts/words, passkey segments, text bytes
     stage_steps: int = 3000          # most steps of any other stage; if they are used up, the run ends
     learned: float = 0.98            # running accuracy at which a stage is learned
     last_steps: int = 200            # steps of the last stage, in which the step size falls to zero
@@ -93,7 +93,7 @@ PRESETS = {
     "compare": dict(                                     # of any task: one recipe for all memories
         n_layer=3, n_head=2, equal="armt", batch_size=32, lr=1e-3, muon_lr=5e-3, last_steps=300),
     "rewrite": dict(
-        task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50",
+        task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50,50",
         eval_lengths="16,50,100,200,500", eval_samples="500"),
     "qa1": dict(
         task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=32, lr=1e-3, muon_lr=5e-3,
@@ -101,7 +101,7 @@ PRESETS = {
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "passkey": dict(
         task="passkey", segment_len=32, batch_size=32, lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,18,18",
-        carry=0.95, jitter=0.3, last_steps=1000, eval_lengths="2,18,254,2540",
+        carry=0.995, jitter=0.3, last_steps=1500, eval_lengths="2,18,254,2540",
         eval_samples="1000,1000,100,100", eval_batch=100),
     "text": dict(
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, last_steps=1000,
@@ -221,8 +221,9 @@ def check(config):
     for name, (low, high) in ranges.items():
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"--{name}: {getattr(config, name)} is not between {low} and {high}")
-    stages, form = numbers("stages", config.stages), "FACTS/WORDS" if babi_parts(config.task) else "N"
-    if any(len(stage) != 1 + form.count("/") or stage[0] < 1 for stage in stages):
+    stages = numbers("stages", config.stages)
+    form = "FACTS or FACTS/WORDS" if babi_parts(config.task) else "N"
+    if any(len(stage) > 1 + form.count("/") or stage[0] < 1 for stage in stages):
         raise ValueError(f"--stages: '{config.stages}', but a stage of {config.task} reads {form}")
     if not config.babi_dir and set(babi_parts(config.task)) - set(babi.TASKS):
         raise ValueError(f"--babi_dir: only {', '.join(babi.TASKS)} can be simulated; for "
@@ -446,10 +447,15 @@ class Run:
             return loss, (logits.argmax(-1) == targets).float().mean()
         state = self.first_state(rng, earlier) if keeping else None
         context, questions, answers = (torch.tensor(part, device=self.device) for part in batch[:3])
-        if babi_parts(c.task) and stage[1] and context.size(1) > 1 and rng.random() < c.cut:
+        if context.ndim == 3:
+            *pieces, context = context.unbind(1)                         # each fact in its own segment
+        elif babi_parts(c.task) and stage[1] and context.size(1) > 1 and rng.random() < c.cut:
             end = int(rng.integers(1, context.size(1)))                  # a fact may be in two segments
-            _, _, state = self.model(context[:, :end], state=state)
-            context = context[:, end:]
+            pieces, context = [context[:, :end]], context[:, end:]
+        else:
+            pieces = []
+        for piece in pieces:
+            _, _, state = self.model(piece, state=state)
         state = self.read(context, state)
         answers = answers.view(*questions.shape[:2], -1)                             # (B, Q, A)
         row, which = (answers[..., 0] >= 0).nonzero(as_tuple=True)

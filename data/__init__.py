@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 
 class Batch(NamedTuple):
     """B rows to read, and Q questions about each. Rows and questions are filled in front with id 0."""
-    context: np.ndarray      # (B, N) ids
+    context: np.ndarray      # (B, N) ids, or (B, F, N) where each of F facts is to be a segment of its own
     questions: np.ndarray    # (B, Q, n) ids; the answer is due after the last one
     answers: np.ndarray      # (B, Q) ids, or (B, Q, A) of answers with A ids; -1 where nothing is to be asked
     stories: list = None     # what each row was told so far, in lists, for a batch that goes on from this one

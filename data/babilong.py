@@ -227,7 +227,7 @@ class InText:
 class BABILong(InText):
     """
     The task as train.py and sample.py use it: one or more of bAbI's twenty tasks in background text. A stage is (most
-    facts, most words); the length of an evaluation is its words. qa1 to qa5 are simulated and never the published test
+    facts, most words), or (most facts,) where each fact is a segment of its own; the length of an evaluation is its words. qa1 to qa5 are simulated and never the published test
     stories; the others are read from the published files in `babi_dir`.
     """
     unit = "words"
@@ -292,10 +292,10 @@ class BABILong(InText):
         `earlier` has for each row what it goes on from, or None. A row that goes on is told nothing new half of the
         time: the old has to be kept.
         """
-        most_facts, most_words = stage
+        most_facts, *most_words = stage
         dice = random.Random(int(rng.integers(2 ** 62)))        # its throws take a tenth of the time of numpy's
         n_facts = int(rng.integers(min(2, most_facts), most_facts + 1))
-        length = int(most_words * rng.random() ** 2)            # short ones more often than long
+        length = int(sum(most_words) * rng.random() ** 2)       # short ones more often than long
         length = max(length, int(earlier is not None))          # and never nothing at all
         rows, stories = [], []
         questions, answers = [], np.full((size, self.n_questions), -1)
@@ -305,14 +305,20 @@ class BABILong(InText):
             silent = bool(old) and dice.random() < 0.5
             facts, found, new = self.story(dice, part, 0 if silent else max(least, n_facts), old)
             facts = [self.encode(fact) for fact in facts]
-            own = sum(map(Words.count, facts)) if length else 0
-            rows.append(np.concatenate(compose(rng, facts, max(length, own), self.text(self.files, "train"))[0]))
+            if most_words:
+                own = sum(map(Words.count, facts)) if length else 0
+                facts = compose(rng, facts, max(length, own), self.text(self.files, "train"))[0]
+            rows.append(facts)
             stories.append([part, new])
             found = dice.sample(found, min(len(found), self.n_questions))
             questions += [self.encode(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
             answers[i, :len(found)] = [self.words.id(answer) for _, answer in found]
-        questions = fill(questions)
-        return Batch(fill(rows), questions.reshape(size, self.n_questions, -1), answers, stories)
+        questions = fill(questions).reshape(size, self.n_questions, -1)
+        if most_words:
+            return Batch(fill([np.concatenate(pieces) for pieces in rows]), questions, answers, stories)
+        most = max(1, *map(len, rows))
+        flat = fill([fact for facts in rows for fact in [[]] * (most - len(facts)) + facts])
+        return Batch(flat.reshape(size, most, -1), questions, answers, stories)
 
     def released(self, file):
         """
