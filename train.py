@@ -64,7 +64,7 @@ class Config(GPTConfig):
     jitter: float = 0.0              # share of a carried memory that is replaced by noise
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
     recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
-    pass_state: float = 0.0          # last stage: share of batches that start from others' states
+    pass_state: float = 0.0          # last stage: share of batches whose texts start from others' states
     batch_size: int = 64             # rows in a batch
     optimizer: str = "muon"          # muon (between embedding and head; adamw for the rest) or adamw
     lr: float = 2e-3                 # largest step size of adamw
@@ -238,8 +238,6 @@ def check(config):
         raise ValueError(f"--equal: there is no '{config.equal}'; choose one of {', '.join(MEMORIES)}")
     if config.key not in KINDS:
         raise ValueError(f"--key: there is no '{config.key}'; choose one of {', '.join(KINDS)}")
-    if config.carry and config.pass_state:
-        raise ValueError("--pass_state: with --carry rows read on already; choose one of the two")
     if config.carry and config.task in ("remember", "text"):
         raise ValueError(f"--carry: {config.task} cannot read on; rewrite, passkey and qa1 can")
     if (config.carry or config.pass_state) and config.memory == "full":
@@ -404,19 +402,22 @@ class Run:
             at=self.at, carried=self.carried, rng=torch.get_rng_state()))
 
     def first_state(self, rng, earlier):
-        """What a batch starts from: with --carry and --pass_state memories of earlier batches."""
-        size = self.config.batch_size
-        if earlier:
-            stay = torch.tensor([story is not None for story in earlier], device=self.device)     # (B,)
-
-            def choose(old, new):
-                old = disturb(old, self.config.jitter)
-                return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
-            return state_map(choose, self.carried[0], self.model.init_state(size))
+        """
+        What a batch starts from. With --pass_state a new text may find the memory of another, which is
+        out of date; with --carry a text that goes on has its own.
+        """
+        size, new = self.config.batch_size, None
         if self.carried and rng.random() < self.config.pass_state:
             other = torch.from_numpy(rng.permutation(size)).to(self.device)
-            return state_map(lambda old: old[other], self.carried[0])    # of another text: out of date
-        return None
+            new = state_map(lambda old: old[other], self.carried[0])
+        if not earlier:
+            return new
+        stay = torch.tensor([story is not None for story in earlier], device=self.device)         # (B,)
+
+        def choose(old, new):
+            old = disturb(old, self.config.jitter)
+            return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
+        return state_map(choose, self.carried[0], self.model.init_state(size) if new is None else new)
 
     def read(self, context, state):
         """The state after a context (B, N). --bptt and --recompute save the memory of a long one."""
