@@ -1601,6 +1601,8 @@ def test_a_pass_key_is_told_as_its_kind_says_in_exactly_the_tokens_asked_for(kin
     for question in questions:
         ids = np.concatenate(question.context)
         told, answer = told_keys(ids), " ".join(KEYS.name(i) for i in question.answer)
+        start = round(question.depth * len(ids))
+        assert told_keys(ids[start:])[0][::2] == (answer, 0)
         true = [digits for digits, is_true, _ in told if is_true]
         assert len(ids) == 4 * 32 and len(told) == dict(first=1, random=1, decoys=4, rewritten=3)[kind]
         assert told[0][1] and answer == true[-1 if kind == "rewritten" else 0]
@@ -1616,6 +1618,14 @@ def test_a_pass_key_is_told_as_its_kind_says_in_exactly_the_tokens_asked_for(kin
         assert " ".join(KEYS.name(i) for i in answer) in [digits for digits, _, _ in told_keys(context)]
     later = task.batch(generator(0, "train", 1), 5, (6,), batch.stories)                # text alone, and the old key
     assert np.array_equal(later.answers, batch.answers) and not any(map(told_keys, later.context))
+    told, waited, story = False, 0, None                                                   # what happens to one row
+    for step in range(300):
+        story = None if told else story
+        b = task.batch(generator(0, "train", 2, step), 2, (1 if kind == "first" else 6,), [None, story])
+        story, keys = b.stories[1], told_keys(b.context[1])
+        told, waited = len(keys) > 0, waited + (not story)
+        assert bool(keys) == bool(story) == (b.answers[1, 0, 0] >= 0) and b.stories[0]   # the first is always asked
+    assert waited == 0 if kind == "first" else 240 < waited < 295
     lengths = {task.batch(generator(0, "train", i), 1, (4,)).context.shape[1] // 32 for i in range(40)}
     assert lengths == {2, 3, 4}
 
@@ -1827,7 +1837,7 @@ def test_every_flag_has_both_spellings_and_a_help_line(capsys):
     (["--carry", "2"], "carry"), (["--carry", "0.5"], "carry"), (["--optimizer", "sgd"], "optimizer"),
     (["--device", "tpu"], "device"), (["--resume"], "resume"), (["--task", "text", "--background", "nowhere.txt"], "nowhere"),
     (["--task", "qa1", "--stages", "2/0/0"], "stages"), (["--batch_size", "0"], "batch_size"),
-    (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"), (["--equal", "elephant"], "equal"),
+    (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"), (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"),
     (["--memory", "full", "--pass_state", "0.5"], "pass_state"), (["--task", "passkey", "--key", "lost"], "--key"),
     (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),
 ])

@@ -203,7 +203,9 @@ def numbers(name, value):
 
 
 def check_band(config):
-    """ValueError unless --band is two numbers that rise from 0 to 1."""
+    """ValueError unless --band is two numbers that rise from 0 to 1, and the task hides facts in a text."""
+    if config.band != Config.band and not babi_parts(config.task):
+        raise ValueError(f"--band: {config.task} has no facts to hide, qa1 to qa20 have")
     if not re.fullmatch(r"[\d.]+,[\d.]+", config.band) or not (
             0 <= float(config.band.split(",")[0]) <= float(config.band.split(",")[1]) <= 1):
         raise ValueError(f"--band: '{config.band}' is not two numbers from 0 to 1, such as 0,0.2")
@@ -628,7 +630,7 @@ def evaluate_questions(model, task, config, cell, device, files):
     row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=tokens)
     if config.task == "remember":
         row["stored"] = round(stored_pairs(length, accuracy), 2)
-    if part:
+    if part or config.key != Config.key:
         row["depths"] = [[0, 0] for _ in range(5)]       # in each fifth of the text: questions, right ones
         for question, ok in zip(questions, right):
             fifth = row["depths"][min(int(5 * question.depth), 4)]
@@ -713,10 +715,10 @@ def table(results):
             for part in (parts or [None]) * (config.task == task):
                 cells = {row["length"]: row for row in rows if row.get("part", part) == part}
                 kinds.setdefault(f"{name} {part}" if len(parts) > 1 else name, []).append((final, cells))
-        table_of_task(kinds)
+        table_of_task(task, kinds)
 
 
-def table_of_task(kinds):
+def table_of_task(task, kinds):
     """Print {name: [(final row, {length: eval row})]}, and what the sizes of the models say."""
     lengths = sorted({length for runs in kinds.values() for _, cells in runs for length in cells})
     width = max([len("accuracy, %"), *map(len, kinds)])
@@ -746,22 +748,24 @@ def table_of_task(kinds):
     if max(sizes) > 1.05 * min(sizes):
         print(f"The largest has {max(sizes) / min(sizes) - 1:.0%} more parameters than the smallest.")
     for kind, runs in kinds.items():
-        table_by_depth(kind, runs)
+        table_by_depth(task, kind, runs)
 
 
-def table_by_depth(kind, runs):
+def table_by_depth(task, kind, runs):
     """
-    Print the accuracy by where the oldest fact stands that a question needs, of all seeds together; and
-    how long the text is for GPT-2, about, since published lengths are counted so.
+    Print the accuracy by where the oldest fact stands that a question needs, of all seeds together. For
+    bAbI also how long the text is for GPT-2, about, since published lengths are counted so.
     """
     lengths = sorted({n for _, cells in runs for n, row in cells.items() if "depths" in row})
+    per_word = babilong.GPT2_TOKENS if babi_parts(task) else None
     if lengths:
         fifths = "  ".join(f"{f'{start}-{start + 20}%':>11}" for start in range(0, 100, 20))
-        print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n"
-              f"{'words':>11}  {'GPT-2 tokens':>12}  {fifths}")
+        names = f"{'words':>11}  {'GPT-2 tokens':>12}" if per_word else f"{'segments':>11}"
+        print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n{names}  {fifths}")
     for length in lengths:
         depths = sum(np.array(cells[length]["depths"]) for _, cells in runs if length in cells)
-        print(f"{length:11,}  {round(length * babilong.GPT2_TOKENS):12,}  "
+        tokens = f"  {round(length * per_word):12,}" if per_word else ""
+        print(f"{length:11,}{tokens}  "
               + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths.tolist()))
 
 

@@ -15,6 +15,7 @@ from .babilong import PROSE, InText
 KINDS = ("first", "random", "decoys", "rewritten")
 WORDS = "0 1 2 3 4 5 6 7 8 9 the pass key is remember it a false forget what".split()
 DIGITS = 5
+WAITING = 0.9                   # how likely a row that reads on, and has not told a key yet, goes on waiting
 
 
 class PassKey(InText):
@@ -38,7 +39,10 @@ class PassKey(InText):
         return self.words.encode(text)
 
     def context(self, rng, n_tokens, files, part):
-        """One context as a list of arrays, and its key (5,). ValueError if it is too short for what it has to tell."""
+        """
+        One context as a list of arrays, its key (5,), and how many tokens stand before it. ValueError if it is too short
+        for what it has to tell.
+        """
         free, told, false = n_tokens, [], self.kind == "decoys"
         keys = rng.integers(10, size=(dict(decoys=4, rewritten=3).get(self.kind, 1), DIGITS))
         for key in keys:
@@ -48,11 +52,14 @@ class PassKey(InText):
         if not told:
             raise ValueError(f"segment_len: {n_tokens} tokens are too few for the {len(ids)} of a key")
         places = np.zeros(1, dtype=int) if self.kind == "first" else np.sort(rng.integers(free + 1, size=len(told)))
-        pieces, at = [], 0
+        pieces, at, starts = [], 0, []
         for place, ids in zip(places, told):
-            pieces += [*self.filler(rng, place - at, files, part), np.array(ids)]
+            pieces += self.filler(rng, place - at, files, part)
+            starts.append(sum(map(len, pieces)))
+            pieces.append(np.array(ids))
             at = place
-        return pieces + self.filler(rng, free - at, files, part), keys[len(told) - 1 if self.kind == "rewritten" else 0]
+        right = len(told) - 1 if self.kind == "rewritten" else 0
+        return pieces + self.filler(rng, free - at, files, part), keys[right], starts[right]
 
     def filler(self, rng, n_tokens, files, part):
         """Exactly n_tokens tokens of background, from the beginning of a random sentence, as a list of views."""
@@ -66,26 +73,32 @@ class PassKey(InText):
     def batch(self, rng, size, stage, earlier=None):
         """
         `size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5). A row that goes on
-        has told its key: it reads nothing but filler.
+        has told its key: it reads nothing but filler. Where the key may stand anywhere, rows that could go on often read
+        a long text before theirs is told; they are asked nothing until then.
         """
         most = stage[0]
         n_tokens = int(rng.integers(min(2, most), most + 1)) * self.segment_len
         rows, answers = [], np.empty((size, 1, DIGITS), dtype=np.int64)
         for i in range(size):
-            if earlier and earlier[i]:
-                pieces, answers[i, 0] = self.filler(rng, n_tokens, self.files, "train"), earlier[i]
+            told = earlier[i] if earlier else None                          # [] if this row is still waiting
+            if not told and earlier and i and self.kind != "first" and rng.random() < WAITING:
+                told = [-1] * DIGITS                                        # never in row 0: somebody has to be asked
+            if told:
+                pieces, answers[i, 0] = self.filler(rng, n_tokens, self.files, "train"), told
             else:
-                pieces, key = self.context(rng, n_tokens, self.files, "train")
+                pieces, key, _ = self.context(rng, n_tokens, self.files, "train")
                 answers[i, 0] = self.digits[key]
             rows.append(np.concatenate(pieces))
         questions = np.broadcast_to(self.question, (size, 1, len(self.question)))
-        return Batch(np.stack(rows), questions, answers, answers[:, 0].tolist())
+        stories = [answer * (answer[0] >= 0) for answer in answers[:, 0].tolist()]
+        return Batch(np.stack(rows), questions, answers, stories)
 
     def questions(self, length, n, babi_dir="", files=None):
         """n fresh contexts of `length` segments in text that training has not seen, and 0 for those left out."""
         files, out = files or self.files, []
         for i in range(n):
             rng = generator(0, "test", length, i)
-            context, key = self.context(rng, length * self.segment_len, files, self.part(files))
-            out.append(Question(context, self.question, self.digits[key]))
+            context, key, start = self.context(rng, length * self.segment_len, files, self.part(files))
+            depth = start / (length * self.segment_len)
+            out.append(Question(context, self.question, self.digits[key], depth))
         return out, 0
