@@ -15,7 +15,6 @@ from .babilong import PROSE, InText
 KINDS = ("first", "random", "decoys", "rewritten")
 WORDS = "0 1 2 3 4 5 6 7 8 9 the pass key is remember it a false forget what".split()
 DIGITS = 5
-WAITING = 0.9                   # how likely a row that reads on, and has not told a key yet, goes on waiting
 
 
 class PassKey(InText):
@@ -73,25 +72,20 @@ class PassKey(InText):
     def batch(self, rng, size, stage, earlier=None):
         """
         `size` contexts of one length, with one question each -> Batch; its answers are (B, 1, 5). A row that goes on
-        has told its key: it reads nothing but filler. Where the key may stand anywhere, rows that could go on often read
-        a long text before theirs is told; they are asked nothing until then.
+        has told its key: it reads nothing but filler.
         """
         most = stage[0]
         n_tokens = int(rng.integers(min(2, most), most + 1)) * self.segment_len
         rows, answers = [], np.empty((size, 1, DIGITS), dtype=np.int64)
         for i in range(size):
-            told = earlier[i] if earlier else None                          # [] if this row is still waiting
-            if not told and earlier and i and self.kind != "first" and rng.random() < WAITING:
-                told = [-1] * DIGITS                                        # never in row 0: somebody has to be asked
-            if told:
-                pieces, answers[i, 0] = self.filler(rng, n_tokens, self.files, "train"), told
+            if earlier and earlier[i]:
+                pieces, answers[i, 0] = self.filler(rng, n_tokens, self.files, "train"), earlier[i]
             else:
                 pieces, key, _ = self.context(rng, n_tokens, self.files, "train")
                 answers[i, 0] = self.digits[key]
             rows.append(np.concatenate(pieces))
         questions = np.broadcast_to(self.question, (size, 1, len(self.question)))
-        stories = [answer * (answer[0] >= 0) for answer in answers[:, 0].tolist()]
-        return Batch(np.stack(rows), questions, answers, stories)
+        return Batch(np.stack(rows), questions, answers, answers[:, 0].tolist())
 
     def questions(self, length, n, babi_dir="", files=None):
         """n fresh contexts of `length` segments in text that training has not seen, and 0 for those left out."""
