@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from armt import check_state, state_floats, state_map
 from data import Question, babilong
-from train import Parser, answer, load, make_task, pick_device, write_atomically
+from train import Parser, answer, load, make_task, numbers, pick_device, write_atomically
 
 PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "qa1"
 HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
@@ -128,9 +128,15 @@ class Reader:
 
 
 def change(before, after):
-    """How far a memory has moved: the length of the difference of two states."""
+    """How far a memory has moved: the length of the difference of two states. ValueError if they are caches."""
     squares = []
-    state_map(lambda a, b: squares.append((a - b).square().sum().item()) or a, after, before)
+
+    def compare(a, b):
+        if a.shape != b.shape:
+            raise ValueError("--written: this memory keeps a cache of all that it reads; every segment writes to it")
+        squares.append((a - b).square().sum().item())
+        return a
+    state_map(compare, after, before)
     return sum(squares) ** 0.5
 
 
@@ -139,6 +145,8 @@ def show_written(reader, task, width=72, most=5):
     if not reader.written:
         return print("not a segment was completed, so nothing is in memory yet")
     changes = np.array([size for size, _ in reader.written])
+    if not changes.any():
+        return print("nothing was written: this memory keeps nothing")
     cells = [part.max() for part in np.array_split(changes, min(width, len(changes)))]
     print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * cell / changes.max()))] for cell in cells))
     print(f"{len(changes):,} segments, from left to right; the height is the change of the memory, at most "
@@ -190,6 +198,8 @@ def converse(reader):
                 print(HELP)
         except (ValueError, OSError) as e:
             print(e)
+        except KeyboardInterrupt:
+            print("stopped; nothing of it was read")
 
 
 def quiz(reader, task, files, n):
@@ -210,7 +220,7 @@ def quiz(reader, task, files, n):
 
 def show_recall(model, task, config, device, n):
     """Pairs or text with a pass key, question, answer and truth of n fresh samples of the longest stage."""
-    questions, _ = task.questions(max(int(p) for p in config.stages.split(",")), n)
+    questions, _ = task.questions(max(numbers("stages", config.stages))[0], n)
     for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
         truth = np.atleast_1d(q.answer)
         print(f"{task.show(np.concatenate(q.context))}  {task.show(q.question)} -> {task.show(said)}  "
@@ -260,6 +270,8 @@ def main(argv=None):
             return show_recall(model, task, config, device, args.samples)
         if config.task == "text":
             return write_text(model, task, args, device)
+        if args.save_state and not Path(args.save_state).parent.is_dir():
+            raise ValueError(f"--save_state: there is no folder {Path(args.save_state).parent}")
         reader = Reader(model, task, device, args.written)
         if args.load_state:
             reader.load(args.load_state)
@@ -278,6 +290,8 @@ def main(argv=None):
             reply(reader, question, args.json)
         if not (args.ask or args.save_state or args.written):
             converse(reader)
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped")
     except (ValueError, OSError) as e:
         sys.exit(f"sample.py: {e}")
 

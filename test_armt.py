@@ -968,6 +968,7 @@ def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
     (3, "Mary? \tbathroom\t1", "Mary. \tbathroom\t1"),                                  # not a question
     (3, "\tbathroom\t1", "\t\t1"),                                                      # no answer
     (3, "\tbathroom\t1", "\t \t1"),
+    (3, "\tbathroom\t1", "\tmoon\t1"),                                                  # no answer of any task
     (3, "\tbathroom\t1", "\tbathroom\t"),
     (3, "\tbathroom\t1", "\tbathroom\tone"),
     (3, "\tbathroom\t1", "\tbathroom\t1 "),
@@ -985,13 +986,14 @@ def test_a_malformed_line_is_refused_with_file_and_line(line, published, broken,
     assert str(error.value).startswith(f"{path}, line {line}: ")
 
 
-@pytest.mark.parametrize("content, why", [(b"", "empty"), (b"1 Mary moved to the caf\xe9.\n", "not UTF-8")])
+@pytest.mark.parametrize("content, why", [(b"", "line 1: the file is empty"),
+                                          (b"1 Mary moved to the office.\n2 John went to the caf\xe9.\n", "line 2: not UTF-8")])
 def test_a_file_that_is_no_bAbI_file_is_refused_by_name(content, why, tmp_path):
     path = tmp_path / "broken_qa1.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=why) as error:
         babi.read_stories(path)
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).startswith(f"{path}, ")
 
 
 def test_published_files_are_found_in_the_folder_or_in_en_10k(tmp_path):
@@ -1571,6 +1573,8 @@ def test_other_tasks_are_learned_from_the_published_files(tmp_path):
     assert len(task.questions(0, 50, babi_dir=tmp_path)[0]) == 3
     with pytest.raises(ValueError, match="^stages: no story of qa8 has at most 1 facts"):
         task.batch(generator(0, "train"), 1, (1, 0))
+    for step in range(20):                                     # stories have the length they have: a stage only sets a limit
+        assert (task.batch(generator(0, "train", step), 2, (9, 0)).answers[:, 0] >= 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1601,7 +1605,8 @@ def test_a_pass_key_is_told_as_its_kind_says_in_exactly_the_tokens_asked_for(kin
     for question in questions:
         ids = np.concatenate(question.context)
         told, answer = told_keys(ids), " ".join(KEYS.name(i) for i in question.answer)
-        start = round(question.depth * len(ids))
+        assert (question.depth is None) == (kind == "first")
+        start = round((question.depth or 0) * len(ids))
         assert told_keys(ids[start:])[0][::2] == (answer, 0)
         true = [digits for digits, is_true, _ in told if is_true]
         assert len(ids) == 4 * 32 and len(told) == dict(first=1, random=1, decoys=4, rewritten=3)[kind]
@@ -1680,7 +1685,7 @@ def test_train_and_val_bytes_do_not_overlap(tmp_path):
 
 class Shelf(http.server.BaseHTTPRequestHandler):
     """Serves `files`; goes on where a client stopped if `ranges`; breaks off after `limit` bytes of each answer."""
-    files, ranges, limit, asked = {}, True, None, []
+    files, ranges, limit, chunked, asked = {}, True, None, False, []
 
     def do_GET(self):
         content, start = self.files.get(self.path), 0
@@ -1692,6 +1697,10 @@ class Shelf(http.server.BaseHTTPRequestHandler):
                 return self.send_error(416)
         self.asked.append((self.path, start))
         self.send_response(206 if start else 200)
+        if self.chunked:                                       # of unknown length; what was said to come does not
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"%x\r\n" % len(content) + content[start:][:100])
         self.send_header("Content-Length", len(content) - start)
         self.end_headers()
         self.wfile.write(content[start:][:self.limit])
@@ -1703,7 +1712,7 @@ class Shelf(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """A server with a small archive of bAbI and four small books, and download.py pointed to it."""
-    published = {f"en-10k/{name}": PUBLISHED.replace("milk", name).encode() for name in ("qa1_a_test.txt", "qa2_b_test.txt")}
+    published = {f"en-10k/{name}": PUBLISHED.replace("Mary", name).encode() for name in ("qa1_a_test.txt", "qa2_b_test.txt")}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in {**published, "en-10k/qa3_not_ours.txt": b"?", "en/qa1_a_test.txt": b"?"}.items():
@@ -1721,7 +1730,7 @@ def shelf(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
     Shelf.files = {"/babi.tar.gz": archive.getvalue(), **{f"/{n}.txt": text for n, _, _, text in books.values()}}
-    Shelf.ranges, Shelf.limit, Shelf.asked = True, None, []
+    Shelf.ranges, Shelf.limit, Shelf.chunked, Shelf.asked = True, None, False, []
     monkeypatch.setattr(download, "HERE", tmp_path / "code")
     monkeypatch.setattr(download, "ARCHIVES", [f"{base}/nowhere.tar.gz", f"{base}/babi.tar.gz"])
     monkeypatch.setattr(download, "BOOKS", base + "/{number}.txt")
@@ -1756,6 +1765,13 @@ def test_a_broken_download_goes_on_and_never_looks_complete(shelf, capsys):
     assert (shelf / "babi" / "en-10k" / "qa1_a_test.txt").exists() and not list(shelf.rglob("*.part"))
 
 
+def test_a_download_of_unknown_length_that_breaks_off_is_one_line(shelf, capsys, monkeypatch):
+    monkeypatch.setattr(Shelf, "protocol_version", "HTTP/1.1")
+    Shelf.chunked = True
+    assert "is there a network?" in fails(capsys, download.main, "--out_dir", shelf)
+    assert not (shelf / "babi").exists() and not (shelf / "babi.tar.gz").exists()
+
+
 def test_a_server_that_cannot_go_on_is_read_from_the_beginning(shelf, capsys):
     Shelf.ranges, Shelf.limit = False, 100
     fails(capsys, download.main, "--out_dir", shelf)
@@ -1774,8 +1790,7 @@ def test_a_wrong_download_is_refused_by_name_and_leaves_nothing(shelf, capsys, m
     (download.HERE / "babi.sha256").write_text(digests)
     (shelf / "babi.tar.gz").write_bytes(good["/babi.tar.gz"][:50])
     assert "not a whole archive" in fails(capsys, download.main, "--out_dir", shelf)
-    assert not (shelf / "babi").exists()
-    (shelf / "babi.tar.gz").unlink()
+    assert not list(shelf.iterdir())                           # so that the next try fetches it again
     Shelf.files = good | {"/0.txt": good["/1.txt"]}
     assert "does not say 'A Book'" in fails(capsys, download.main, "--out_dir", shelf)
     Shelf.files = good | {"/0.txt": good["/0.txt"][:1000]}
@@ -1949,21 +1964,25 @@ def test_facts_that_stand_apart_are_read_as_segments_of_their_own(tmp_path):
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("recompute, bptt", [(1, 0), (2, 0), (0, 2), (1, 2)])
-def test_recomputing_changes_no_gradient_and_bptt_cuts_it(recompute, bptt, tmp_path):
-    def gradients(**sizes):
+@pytest.mark.parametrize("recompute, bptt", [(1, 0), (2, 0), (0, 2), (1, 2), (0, 4), (0, 5)])
+def test_recomputing_changes_no_gradient_and_bptt_lets_it_through_the_last_segments(recompute, bptt, tmp_path):
+    def gradients(early=0, **sizes):
         config = train.Config(memory="armt", segment_len=4, n_embd=16, n_head=2, out_dir=str(tmp_path), **sizes)
-        run = train.Run(config, "cpu")
-        context = torch.arange(20).view(1, 20)                                       # five segments
-        state = run.read(context, None)
+        run, state = train.Run(config, "cpu"), None
+        context = torch.arange(18).view(1, 18)                                       # five segments, the last one short
+        if early:
+            with torch.no_grad():
+                _, _, state = run.model(context[:, :early])
+        state = run.read(context[:, early:], state)
         sum(s.square().sum() for s in state[0]).backward()
-        return [p.grad for p in run.model.parameters()], state
+        return [p.grad for p in run.model.parameters()], state[0]
 
-    plain, state = gradients()
-    other, same = gradients(recompute=recompute, bptt=bptt)
-    assert all(torch.equal(a, b) for a, b in zip(state[0], same[0]))
-    equal = [a is None and b is None or torch.allclose(a, b) for a, b in zip(plain, other)]
-    assert all(equal) == (bptt == 0)
+    expected, state = gradients(early=4 * (5 - bptt) if bptt else 0)
+    found, same = gradients(recompute=recompute, bptt=bptt)
+    assert all(torch.equal(a, b) for a, b in zip(state, same))
+    assert all(a is None and b is None or torch.allclose(a, b) for a, b in zip(expected, found))
+    equal = [a is None and b is None or torch.allclose(a, b) for a, b in zip(gradients()[0], found)]
+    assert all(equal) == (bptt in (0, 5))
 
 
 @pytest.mark.parametrize("task", ["remember", "qa1"])
@@ -1981,10 +2000,22 @@ def test_the_floats_carried_are_those_of_a_full_cache():
         assert train.floats_carried(tiny(memory)) == floats
 
 
-def test_the_ablation_of_a_preset_is_for_armt_alone_and_full_does_not_carry():
-    for memory, ablate, carry in (("armt", "unit+no_denom", 0.98), ("rmt", "nothing", 0.98), ("full", "nothing", 0)):
-        (config,) = train.grid("qa1", dict(memory=[memory]))
+def test_the_ablation_of_a_preset_is_for_armt_alone_and_caches_do_not_carry(capsys, tmp_path):
+    for memory, window, ablate, carry in (("armt", None, "unit+no_denom", 0.98), ("rmt", None, "nothing", 0.98),
+                                          ("full", None, "nothing", 0), ("bswa", None, "nothing", 0),
+                                          ("fam", 1, "nothing", 0), ("fam", 0, "nothing", 0.98)):
+        (config,) = train.grid("qa1", dict(memory=[memory], window=[window]))
         assert (config.ablate, config.carry) == (ablate, carry)
+    for argv in (["--memory", "full"], ["--memory", "bswa"], ["--memory", "fam", "--window", "1"]):
+        assert "--carry" in fails(capsys, train.main, *FAST, "--task", "rewrite", "--questions", "16", "--carry", "0.5", *argv,
+                                  "--out_dir", tmp_path / "run")
+
+
+def test_a_preset_of_no_task_is_laid_over_that_of_each_task():
+    configs = train.grid("compare", dict(task=["remember", "rewrite", "qa1"], memory=["fam"]))
+    assert [Path(c.out_dir).name for c in configs] == [f"compare-{t}-fam-seed0" for t in ("remember", "rewrite", "qa1")]
+    assert [c.segment_len for c in configs] == [4, 4, 64] and {(c.n_layer, c.batch_size, c.equal) for c in configs} == {(3, 32, "armt")}
+    assert configs[1].stages == train.PRESETS["rewrite"]["stages"] and configs[2].stages == train.PRESETS["qa1"]["stages"]
 
 
 @pytest.mark.parametrize("extra", [[], ["--optimizer", "adamw", "--dropout", "0.1"], ["--memory", "rmt"],
@@ -2109,6 +2140,67 @@ def test_an_evaluation_that_was_stopped_goes_on_to_the_same_table(qa1, monkeypat
     assert len(train.read_metrics(qa1 / "run")) == rows and len(calls) <= n_calls + 1      # (one to count floats)
 
 
+def test_an_evaluation_goes_on_only_with_what_was_asked_in_the_same_way(qa1, monkeypatch, capsys):
+    argv = ["--eval_only", "--out_dir", qa1 / "run", "--eval_lengths", "2k", "--eval_samples", "10", "--eval_batch", "4"]
+    ways = [["--band", "0,0.1"], ["--background", qa1 / "book.txt"], ["--babi_dir", qa1 / "babi"], []]
+    for way in ways:
+        train.main([str(a) for a in [*argv, *way, "--resume"]])
+    rows = train.read_metrics(qa1 / "run")
+    kept = [(row.get("band"), row.get("background"), row["split"]) for row in rows[-4:]]
+    assert kept == [([0.0, 0.1], None, "val"), (None, ["book.txt"], "val"), (None, None, "test"), (None, None, "val")]
+    capsys.readouterr()                                        # each is a line of its own
+    final = [row for row in rows if row["kind"] == "final"][0]
+    train.table([(train.load(qa1 / "run")[0], final, rows[-4:])])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(sum(line.startswith(f"run {way}") for line in lines) == 1
+               for way in ("qa1, facts at 0% to 10% ", "qa1, book.txt ", "qa1  "))
+    whole, forward, calls = rows[-1], GPT.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+    for other in (["--eval_batch", "3"], ["--babi_dir", qa1 / "babi"], []):              # what was read so far is of no use
+        monkeypatch.setattr(GPT, "forward", interrupted)
+        calls.clear()
+        fails(capsys, train.main, *argv)
+        assert (qa1 / "run" / "reading.pt").exists()
+        monkeypatch.setattr(GPT, "forward", forward)
+        train.main([str(a) for a in [*argv, *other]])
+        row = rows_of(qa1 / "run", "eval")[-1]
+        assert row["n"] == 10 and (other[:1] == ["--babi_dir"] or row["accuracy"] == whole["accuracy"])
+
+
+def test_what_an_evaluation_would_stumble_over_is_said_before_training(capsys, tmp_path, qa1):
+    for argv, flag in ((["--eval_lengths", "2,x"], "eval_lengths"), (["--eval_lengths", "32"], "eval_lengths"),
+                       (["--eval_lengths", "-5"], "eval_lengths"), (["--eval_samples", "-3"], "eval_samples"),
+                       (["--task", "qa1", "--stages", "2", "--babi_dir", "nowhere"], "babi_dir")):
+        assert flag in fails(capsys, train.main, *FAST, *argv, "--out_dir", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    for argv, flag in ((["--eval_batch", "-1"], "eval_batch"), (["--memory", "rmt"], "memory"), (["--key", "random"], "key")):
+        assert flag in fails(capsys, train.main, "--eval_only", "--out_dir", qa1 / "run", *argv)
+    assert "--export" in fails(capsys, train.main, "--export", tmp_path / "x", "--seed", "0,1", "--out_dir", qa1)
+
+
+def test_a_book_that_training_has_seen_is_known_by_its_name(qa1, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(qa1 / "book.txt", tmp_path / "elsewhere" / "book.txt")
+    task = babilong.BABILong(BIG, [str(qa1 / "book.txt")])
+    assert task.part([tmp_path / "elsewhere" / "book.txt"]) == "val" and task.part([qa1 / "other.txt"]) == "test"
+
+
+def test_a_run_is_trained_on_with_the_same_text_alone(capsys, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(babilong.prose(300, seed=name))
+    argv = [*FAST, "--task", "text", "--stages", "16", "--eval_lengths", "16", "--out_dir", tmp_path / "run"]
+    train.main([str(a) for a in [*argv, "--background", tmp_path / "a.txt"]])
+    assert "--background" in fails(capsys, train.main, *argv, "--resume", "--background", tmp_path / "b.txt")
+    train.main(["--eval_only", "--out_dir", str(tmp_path / "run"), "--background", str(tmp_path / "b.txt")])
+    own, other = rows_of(tmp_path / "run", "eval")             # the text that was asked for was read
+    assert other["background"] == ["b.txt"] and other["loss"] != own["loss"]
+
+
 def test_accuracy_is_shown_by_depth_with_its_interval(qa1, capsys):
     train.main(["--eval_only", "--out_dir", str(qa1 / "run"), "--eval_lengths", "500", "--eval_samples", "20", "--babi_dir",
                 str(qa1 / "babi")])
@@ -2132,11 +2224,11 @@ def test_accuracy_is_shown_by_depth_with_its_interval(qa1, capsys):
 def test_released_samples_are_read_and_asked(qa1, capsys):
     samples = [dict(input="It was late. Mary went to the kitchen. The whale was white.", question="Where is Mary? ",
                     target="kitchen")] * 3
-    for name, content in (("list.json", json.dumps(samples)), ("lines.json", "\n".join(map(json.dumps, samples)))):
+    for name, content in (("list.json", json.dumps(samples)), ("lines.json", "\n\n".join(map(json.dumps, samples)))):
         (qa1 / name).write_text(content)
         train.main(["--eval_only", "--out_dir", str(qa1 / "run"), "--released", str(qa1 / name)])
         row = rows_of(qa1 / "run", "eval")[-1]
-        assert (row["n"], row["length"], row["tokens"]) == (3, 12, 45)
+        assert (row["n"], row["length"], row["tokens"]) == (3, 12, 45) and "depths" not in row
     for broken, why in (([dict(input="a", question="b")], "sample 1: expected"), ("x", "not JSON"),
                         ([samples[0], samples[0] | dict(target="moon")], "sample 2: 'moon'")):
         (qa1 / "broken.json").write_text(broken if broken == "x" else json.dumps(broken))
@@ -2276,6 +2368,31 @@ def test_what_was_written_is_shown_segment_by_segment(qa1, capsys):
         by_hand = sum((a - b).square().sum().item() for x, y in zip(new, old) for a, b in zip(x, y)) ** 0.5
         assert size == pytest.approx(by_hand, rel=1e-3)
         old = new
+
+
+@pytest.mark.parametrize("memory, why", [("bswa", "keeps a cache"), ("none", "keeps nothing")])
+def test_what_keeps_all_or_nothing_has_no_strip(memory, why, qa1, capsys):
+    train.main([*FAST, "--task", "qa1", "--stages", "2", "--memory", memory, "--eval_lengths", "0", "--out_dir", str(qa1 / "b")])
+    capsys.readouterr()
+    argv = ["--out_dir", str(qa1 / "b"), "--read", str(qa1 / "book.txt"), "--written"]
+    if memory == "bswa":
+        assert why in fails(capsys, sample.main, *argv)
+    else:
+        sample.main(argv)
+        assert why in capsys.readouterr().out
+
+
+def test_stopping_sample_is_one_line_and_a_memory_needs_a_folder(qa1, capsys, monkeypatch):
+    assert "--save_state" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--save_state", qa1 / "nowhere" / "x.pt")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample.Reader, "tell", stop)
+    assert "stopped" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--read", qa1 / "book.txt", "--ask", "Where is Mary?")
+    lines = iter([f"read {qa1 / 'book.txt'}", "Where is Mary?", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    sample.main(["--out_dir", str(qa1 / "run")])
+    assert "nothing of it was read" in capsys.readouterr().out
 
 
 def test_a_conversation(qa1, capsys, monkeypatch):

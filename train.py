@@ -178,8 +178,8 @@ def grid(preset, given):
         c = Config(**{**PRESETS.get(task, PRESETS["qa1"]), **PRESETS.get(preset, {}), **chosen})
         if c.memory != "armt" and "ablate" not in chosen:
             c.ablate = "nothing"                             # a preset's words are those of armt
-        if c.memory == "full" and "carry" not in chosen:
-            c.carry = 0.0                                    # it would grow without end
+        if keeps_cache(c) and "carry" not in chosen:
+            c.carry = 0.0                                    # its rows would have caches of unequal length
         parts = [*dict.fromkeys(filter(None, [preset, chosen.get("task")]))] or [task]
         parts += [c.memory] + [c.ablate] * ("ablate" in chosen)
         parts += [f"{n}{getattr(c, n)}" for n in varied if n not in named]
@@ -202,13 +202,32 @@ def numbers(name, value):
                          f"{getattr(Config, name)}") from None
 
 
-def check_band(config):
-    """ValueError unless --band is two numbers that rise from 0 to 1, and the task hides facts in a text."""
-    if config.band != Config.band and not babi_parts(config.task):
+def keeps_cache(config):
+    """Whether a state holds keys and values, as many for each row of a batch."""
+    return config.memory in ("full", "bswa") or bool(config.window)
+
+
+def check_evaluation(config):
+    """ValueError, naming the flag, for what an evaluation would stumble over later."""
+    parts = babi_parts(config.task)
+    lengths, counts = (numbers(name, getattr(config, name)) for name in ("eval_lengths", "eval_samples"))
+    if any(len(length) > 1 or length[0] < (0 if parts else 1) for length in lengths):
+        raise ValueError(f"--eval_lengths: '{config.eval_lengths}', but a length of {config.task} is one "
+                         f"number from {0 if parts else 1} on")
+    if any(len(count) > 1 or count[0] < 1 for count in counts):
+        raise ValueError(f"--eval_samples: '{config.eval_samples}' has a number below 1")
+    if config.eval_batch < 0:
+        raise ValueError(f"--eval_batch: {config.eval_batch} is not a number from 0 on")
+    if config.task == "remember" and max(lengths)[0] > 16 ** config.key_size:
+        raise ValueError(f"--eval_lengths: {max(lengths)[0]} different keys need a --key_size of more "
+                         f"than {config.key_size}")
+    if config.band != Config.band and not parts:
         raise ValueError(f"--band: {config.task} has no facts to hide, qa1 to qa20 have")
     if not re.fullmatch(r"[\d.]+,[\d.]+", config.band) or not (
             0 <= float(config.band.split(",")[0]) <= float(config.band.split(",")[1]) <= 1):
         raise ValueError(f"--band: '{config.band}' is not two numbers from 0 to 1, such as 0,0.2")
+    for part in parts if config.babi_dir else ():
+        babi.find_file(config.babi_dir, part)
 
 
 def check(config):
@@ -218,8 +237,7 @@ def check(config):
                   jitter=(0, 1), pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
                   dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
-                  weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf),
-                  eval_batch=(0, math.inf))
+                  weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf))
     for name, (low, high) in ranges.items():
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"--{name}: {getattr(config, name)} is not between {low} and {high}")
@@ -230,7 +248,7 @@ def check(config):
     if not config.babi_dir and set(babi_parts(config.task)) - set(babi.TASKS):
         raise ValueError(f"--babi_dir: only {', '.join(babi.TASKS)} can be simulated; for "
                          f"{config.task} name a folder with the published files")
-    check_band(config)
+    check_evaluation(config)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer: there is no '{config.optimizer}'; choose muon or adamw")
     if config.task == "remember" and max(stages)[0] > 16 ** config.key_size:
@@ -242,9 +260,11 @@ def check(config):
         raise ValueError(f"--key: there is no '{config.key}'; choose one of {', '.join(KINDS)}")
     if config.carry and config.task in ("remember", "text"):
         raise ValueError(f"--carry: {config.task} cannot read on; rewrite, passkey and qa1 can")
-    if (config.carry or config.pass_state) and config.memory == "full":
-        flag = "carry" if config.carry else "pass_state"
-        raise ValueError(f"--{flag}: memory 'full' would grow without end; use --{flag} 0")
+    if config.carry and keeps_cache(config):
+        raise ValueError(f"--carry: memory '{config.memory}' keeps a cache, and in a batch that of a new "
+                         f"text would have to be as long as that of one that reads on; use --carry 0")
+    if config.pass_state and config.memory == "full":
+        raise ValueError("--pass_state: memory 'full' would grow without end; use --pass_state 0")
     if config.carry and config.task == "rewrite" and config.questions < 16 ** config.key_size:
         raise ValueError(f"--questions: with --carry all {16 ** config.key_size} keys must be asked")
 
@@ -338,8 +358,11 @@ def ask(model, questions, answers, state):
 def equal_width(config):
     """The n_embd at which config.memory comes closest to the parameters that config.equal has."""
     def n_params(memory, ablate, n_embd):
-        with torch.device("meta"):                                  # shapes alone, no numbers
-            return GPT(replace(config, memory=memory, ablate=ablate, n_embd=n_embd)).n_params()
+        try:
+            with torch.device("meta"):                              # shapes alone, no numbers
+                return GPT(replace(config, memory=memory, ablate=ablate, n_embd=n_embd)).n_params()
+        except ValueError:                                          # too narrow for its slots
+            return math.inf
     goal, step = n_params(config.equal, "nothing", config.n_embd), 2 * config.n_head
     widths = range(step * (config.n_embd // step // 2 + 1), 2 * config.n_embd, step)
     return min(widths, key=lambda width: abs(n_params(config.memory, config.ablate, width) - goal))
@@ -383,7 +406,10 @@ class Run:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             self.at, self.carried = checkpoint["at"], checkpoint["carried"]
-            torch.set_rng_state(checkpoint["rng"].cpu())
+            cpu, *gpus = (rng.cpu() for rng in checkpoint["rng"])
+            torch.set_rng_state(cpu)
+            for i, rng in enumerate(gpus[:torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(rng, i)
 
     def make_optimizers(self):
         """AdamW for all, or Muon for the matrices between embedding and head and AdamW for the rest."""
@@ -401,7 +427,7 @@ class Run:
     def save(self):
         save(self.folder, self.config, dict(
             model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
-            at=self.at, carried=self.carried, rng=torch.get_rng_state()))
+            at=self.at, carried=self.carried, rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
 
     def first_state(self, rng, earlier):
         """
@@ -422,16 +448,21 @@ class Run:
         return state_map(choose, self.carried[0], self.model.init_state(size) if new is None else new)
 
     def read(self, context, state):
-        """The state after a context (B, N). --bptt and --recompute save the memory of a long one."""
-        c = self.config
-        for part in context.split(c.bptt * c.segment_len or context.size(1), dim=1):
-            if c.bptt and state is not None:
-                state = state_map(torch.Tensor.detach, state)
-            for piece in part.split(c.recompute * c.segment_len or part.size(1), dim=1):
-                if c.recompute:
-                    _, _, state = recompute(self.model, piece, None, state, use_reentrant=False)
-                else:
-                    _, _, state = self.model(piece, state=state)
+        """
+        The state after a context (B, N). With --bptt the gradient goes back through its last segments
+        only; with --recompute activations are not kept but computed again, some segments at a time.
+        """
+        c, N = self.config, context.size(1)
+        T, early = c.segment_len, 0
+        if 0 < c.bptt * T < N:
+            early = (N - 1) // T * T - (c.bptt - 1) * T                  # what stands before these segments
+            with torch.no_grad():
+                _, _, state = self.model(context[:, :early], state=state)
+        for piece in context[:, early:].split(c.recompute * T or N, dim=1):
+            if c.recompute:
+                _, _, state = recompute(self.model, piece, None, state, use_reentrant=False)
+            else:
+                _, _, state = self.model(piece, state=state)
         return state
 
     def loss(self, rng, stage):
@@ -571,23 +602,32 @@ def answer(model, questions, device, bar, keep=lambda chunk, state: None, start=
 
 
 class Bookmark:
-    """How far the evaluation of one cell of the table is, in a file: hours of reading can be stopped."""
+    """
+    How far the evaluation of one cell of the table is, in a file: hours of reading can be stopped. `what`
+    is all that decides what is read; a bookmark of anything else is not used.
+    """
 
-    def __init__(self, folder, cell):
-        self.path, self.cell, self.place = Path(folder, "reading.pt"), cell, ([], 0, None)
-        self.saved = time.time()
+    def __init__(self, folder, what):
+        self.path, self.what = Path(folder, "reading.pt"), what
+        self.place, self.seconds = ([], 0, None), 0.0
         if self.path.exists():
-            kept = torch.load(self.path, weights_only=True)
-            if kept["cell"] == cell:
-                self.place = kept["place"]              # answers so far; chunks and state of this batch
+            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            if kept["what"] == what:
+                self.place, self.seconds = kept["place"], kept["seconds"]
+        self.began = self.saved = time.time()
 
     def keep(self, *place):
+        """`place` is (answers so far, chunks read of this batch, its state)."""
         self.place = place
         if time.time() - self.saved > 60:
             self.save()
 
+    def spent(self):
+        """Seconds of reading, those of earlier sessions included."""
+        return self.seconds + time.time() - self.began
+
     def save(self):
-        content = dict(cell=self.cell, place=self.place)
+        content = dict(what=self.what, place=self.place, seconds=self.spent())
         write_atomically(self.path, lambda path: torch.save(content, path))
         self.saved = time.time()
 
@@ -600,7 +640,9 @@ def evaluate_questions(model, task, config, cell, device, files):
     else:
         options = {name: cell[name] for name in ("part", "band") if name in cell}
         questions, left_out = task.questions(length, cell["asked"], config.babi_dir, files, **options)
-    size, mark = config.eval_batch or config.batch_size, Bookmark(config.out_dir, cell)
+    size = config.eval_batch or config.batch_size
+    mark = Bookmark(config.out_dir, dict(cell, rows=size, files=list(map(str, files or ())),
+                                         babi=config.babi_dir))
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc=f"{part} {length} {task.unit}".strip(), unit="tok", unit_scale=True,
               leave=False) as bar:
@@ -611,7 +653,7 @@ def evaluate_questions(model, task, config, cell, device, files):
                 if len(said) > begin:
                     bar.update(sum(len(piece) for q in some for piece in q.context))
                     continue
-                state = state_map(lambda s: s.to(device), state) if state else None
+                state = None if state is None else state_map(lambda s: s.to(device), state)
                 said = said + answer(model, some, device, bar, start=start, state=state,
                                      keep=lambda *place: mark.keep(said, *place))
                 mark.keep(said, 0, None)
@@ -627,10 +669,11 @@ def evaluate_questions(model, task, config, cell, device, files):
         print(f"{length} {task.unit}: ...{shown} -> {task.show(said[-1])} "
               f"(right: {task.show(np.atleast_1d(q.answer))})")
     accuracy = sum(right) / max(1, len(questions))
-    row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=tokens)
+    row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=tokens,
+               read_seconds=round(mark.spent(), 2))
     if config.task == "remember":
         row["stored"] = round(stored_pairs(length, accuracy), 2)
-    if part or config.key != Config.key:
+    if questions and questions[0].depth is not None:
         row["depths"] = [[0, 0] for _ in range(5)]       # in each fifth of the text: questions, right ones
         for question, ok in zip(questions, right):
             fifth = row["depths"][min(int(5 * question.depth), 4)]
@@ -639,14 +682,18 @@ def evaluate_questions(model, task, config, cell, device, files):
 
 
 @torch.no_grad()
-def evaluate_text(model, task, length, n, device):
-    """Loss and share of right next bytes on n passages of text that was kept back."""
-    batch = task.batch(generator(0, "val", length), n, (length,), part="val")
+def evaluate_text(model, task, cell, device):
+    """Loss and share of right next bytes on passages of text that was kept back."""
+    began, length = time.time(), cell["length"]
+    batch = task.batch(generator(0, "val", length), cell["asked"], (length,), part="val")
     idx, targets = (torch.tensor(part, device=device) for part in batch)
     logits, loss, _ = model(idx, targets)
     right = (logits.argmax(-1) == targets).float().mean().item()
     return dict(accuracy=round(right, 5), loss=round(loss.item(), 5), n=targets.numel(),
-                tokens=idx.numel())
+                tokens=idx.numel(), read_seconds=round(time.time() - began, 2))
+
+
+WHAT = ("length", "asked", "split", "part", "released", "background", "band", "step")   # what makes a cell
 
 
 def cells(task, config, files):
@@ -675,18 +722,22 @@ def evaluate(model, task, config, device, at, files=None, resume=False):
     come. With resume, rows that are there already are not made again.
     """
     before, rows = read_metrics(config.out_dir) if resume else [], []
+    if config.task == "text" and files:
+        task = Text(files)
     model.eval()
     for cell in cells(task, config, files):
         cell["step"] = at["step"]
-        done = [row for row in before if row["kind"] == "eval" and cell.items() <= row.items()]
+        done = [row for row in before
+                if row["kind"] == "eval" and all(row.get(name) == cell.get(name) for name in WHAT)]
         row = done[-1] if done else None
         if row is None:
-            began = time.time()
+            if not resume:
+                Path(config.out_dir, "reading.pt").unlink(missing_ok=True)
             if config.task == "text":
-                row = evaluate_text(model, task, cell["length"], cell["asked"], device)
+                row = evaluate_text(model, task, cell, device)
             else:
                 row = evaluate_questions(model, task, config, cell, device, files)
-            row = {**cell, **row, "read_seconds": round(time.time() - began, 2)}
+            row = {**cell, **row}
             add_metrics(config.out_dir, at, "eval", **row)
         rows.append(row)
     return rows
@@ -700,6 +751,12 @@ def interval(right, n):
     return middle - spread / (1 + z * z / n), middle + spread / (1 + z * z / n)
 
 
+def final_rows(rows):
+    """The eval rows of a run that tell what it can do: those on test questions, if there are any."""
+    rows = [row for row in rows if row["kind"] == "eval"]
+    return [row for row in rows if row["split"] == "test"] or rows
+
+
 def table(results):
     """
     Print [(config, final row, eval rows)], a table for each task and in it one line a kind of run: mean
@@ -707,30 +764,40 @@ def table(results):
     and a table by depth.
     """
     for task in dict.fromkeys(config.task for config, _, _ in results):
+        mine = [result for result in results if result[0].task == task]
+
+        def condition(row):
+            """What was asked, apart from the length, in words: the part of the task, where, in what text."""
+            band = "facts at {:.0%} to {:.0%}".format(*row["band"]) if "band" in row else None
+            told = [row.get("part"), band, *row.get("background", []), row.get("released")]
+            return ", ".join(filter(None, told))
+
+        conditions = {condition(row) for _, _, rows in mine for row in rows}
         kinds = {}
-        for config, final, rows in results:
+        for config, final, rows in mine:
             name = Path(config.out_dir).name
             name = re.sub(r"-?seed\d+$", "", name) or name
-            parts = babi_parts(task)
-            for part in (parts or [None]) * (config.task == task):
-                cells = {row["length"]: row for row in rows if row.get("part", part) == part}
-                kinds.setdefault(f"{name} {part}" if len(parts) > 1 else name, []).append((final, cells))
+            for here in dict.fromkeys(map(condition, rows)):
+                cells = {row["length"]: row for row in rows if condition(row) == here}
+                kind = f"{name} {here}" if len(conditions) > 1 else name
+                kinds.setdefault(kind, []).append((config, final, cells))
         table_of_task(task, kinds)
 
 
 def table_of_task(task, kinds):
-    """Print {name: [(final row, {length: eval row})]}, and what the sizes of the models say."""
-    lengths = sorted({length for runs in kinds.values() for _, cells in runs for length in cells})
+    """Print {kind: [(config, final row, {length: eval row})]}, and what the sizes of the models say."""
+    lengths = sorted({length for runs in kinds.values() for _, _, cells in runs for length in cells})
     width = max([len("accuracy, %"), *map(len, kinds)])
     print("\n" + "  ".join([f"{'accuracy, %':{width}}", "seeds", "parameters", "state floats",
                             "minutes", "tokens/s", *[f"{length:>11,}" for length in lengths]]))
     for kind, runs in kinds.items():
-        finals = [final for final, _ in runs]
-        rows = [row for _, cells in runs for row in cells.values()]
+        configs, finals, _ = zip(*runs)
+        rows = [row for _, _, cells in runs for row in cells.values()]
         speed = sum(row["tokens"] for row in rows) / max(0.01, sum(row["read_seconds"] for row in rows))
+        floats = "grow" if configs[0].memory == "full" else f"{finals[0]['state_floats']:,}"
         means, pooled = [], []
         for length in lengths:
-            here = [cells[length] for _, cells in runs if length in cells]
+            here = [cells[length] for _, _, cells in runs if length in cells]
             values = [100 * row["accuracy"] for row in here]
             spread = f" ±{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
             means.append(f"{f'{statistics.mean(values):.1f}{spread}' if values else '-':>11}")
@@ -739,16 +806,16 @@ def table_of_task(task, kinds):
             pooled.append(f"{f'{100 * low:.1f}-{100 * high:.1f}' if n else '-':>11}")
         stuck = [final["stage"] for final in finals if not final["learned"]]
         print("  ".join([f"{kind:{width}}", f"{len(runs):5}", f"{finals[0]['parameters']:10,}",
-                         f"{finals[0]['state_floats']:12,}",
-                         f"{statistics.mean(f['seconds'] for f in finals) / 60:7.1f}", f"{speed:8,.0f}",
-                         *means]) + (f"   (not learned: stage {', '.join(stuck)})" if stuck else ""))
+                         f"{floats:>12}", f"{statistics.mean(f['seconds'] for f in finals) / 60:7.1f}",
+                         f"{speed:8,.0f}", *means])
+              + (f"   (not learned: stage {', '.join(stuck)})" if stuck else ""))
         if any("depths" in row for row in rows):
             print("  ".join([f"{'':{width}}", f"{'95% interval':>46}", *pooled]))
-    sizes = [final["parameters"] for runs in kinds.values() for final, _ in runs]
+    sizes = [final["parameters"] for runs in kinds.values() for _, final, _ in runs]
     if max(sizes) > 1.05 * min(sizes):
         print(f"The largest has {max(sizes) / min(sizes) - 1:.0%} more parameters than the smallest.")
     for kind, runs in kinds.items():
-        table_by_depth(task, kind, runs)
+        table_by_depth(task, kind, [cells for _, _, cells in runs])
 
 
 def table_by_depth(task, kind, runs):
@@ -756,17 +823,20 @@ def table_by_depth(task, kind, runs):
     Print the accuracy by where the oldest fact stands that a question needs, of all seeds together. For
     bAbI also how long the text is for GPT-2, about, since published lengths are counted so.
     """
-    lengths = sorted({n for _, cells in runs for n, row in cells.items() if "depths" in row})
+    depths = {}                                                  # length -> questions and right ones
+    for cells in runs:
+        for length, row in cells.items():
+            if "depths" in row:
+                depths[length] = depths.get(length, 0) + np.array(row["depths"])
     per_word = babilong.GPT2_TOKENS if babi_parts(task) else None
-    if lengths:
+    if depths:
         fifths = "  ".join(f"{f'{start}-{start + 20}%':>11}" for start in range(0, 100, 20))
         names = f"{'words':>11}  {'GPT-2 tokens':>12}" if per_word else f"{'segments':>11}"
         print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n{names}  {fifths}")
-    for length in lengths:
-        depths = sum(np.array(cells[length]["depths"]) for _, cells in runs if length in cells)
-        tokens = f"  {round(length * per_word):12,}" if per_word else ""
+    for length in sorted(depths):
+        tokens = f"  {round(length * per_word) or 'the facts':>12}" if per_word else ""
         print(f"{length:11,}{tokens}  "
-              + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths.tolist()))
+              + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths[length].tolist()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,6 +873,14 @@ def final_row(run, device):
                 torch=str(torch.__version__))
 
 
+def same_run(saved, config, given):
+    """ValueError if a flag was given that says something else than the run in the folder was made with."""
+    for name in given.keys() - ASIDE - ({"n_embd"} if saved.equal else set()):
+        if getattr(saved, name) != getattr(config, name):
+            raise ValueError(f"--{name}: the run in {config.out_dir} has {getattr(saved, name)}, not "
+                             f"{getattr(config, name)}; choose another --out_dir")
+
+
 def one_run(config, given, resume, alone):
     """Train or go on training, then evaluate: (config, final row, eval rows). None when stopped."""
     folder, checkpoint = Path(config.out_dir), None
@@ -815,17 +893,18 @@ def one_run(config, given, resume, alone):
         if "optimizers" not in checkpoint:
             raise ValueError(f"{folder} holds weights only: it can be used (sample.py, --eval_only) "
                              f"but cannot be continued")
-        for name in given:
-            if name not in ASIDE and getattr(saved, name) != getattr(config, name):
-                raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not "
-                                 f"{getattr(config, name)}; choose another --out_dir")
+        same_run(saved, config, given)
+        if sorted(Path(file).name for file in config.background) != sorted(
+                Path(file).name for file in saved.background) and "background" in given:
+            raise ValueError(f"--background: the run in {folder} is trained on {' '.join(saved.background)}; "
+                             f"choose another --out_dir")
         config = Config(**{**asdict(saved), **{k: getattr(config, k) for k in ASIDE & given.keys()},
                            "out_dir": str(folder)})
         rows = read_metrics(folder)
         finals = [row for row in rows if row["kind"] == "final"]
         if finals:
             print(f"{folder}: finished, skipped")
-            return config, finals[0], [row for row in rows if row["kind"] == "eval"]
+            return config, finals[0], final_rows(rows)
         step = checkpoint["at"]["step"]
         rows = [row for row in rows if row["kind"] == "train" and row["step"] <= step
                 or row["kind"] == "eval" and row["step"] == step and checkpoint["at"]["done"]]
@@ -835,6 +914,7 @@ def one_run(config, given, resume, alone):
         raise ValueError(f"--resume: {folder} holds no run to go on with")
     else:
         check(config)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)   # of a run that was killed before it was saved
     run = Run(config, device, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     describe(run.model, config, device, why)
@@ -850,14 +930,16 @@ def evaluate_only(config, given, resume):
     """Evaluate the run in config.out_dir as the evaluation flags say, and append the rows."""
     device, why = pick_device(config.device)
     saved, model, checkpoint = load(config.out_dir, device)
+    same_run(saved, config, given)
     files = config.background if "background" in given else None
     flags = {k: getattr(config, k) for k in ASIDE & given.keys() | {"out_dir"}}
     config = Config(**{**asdict(saved), **flags})
-    check_band(config)
+    check_evaluation(config)
     describe(model, config, device, why)
     at = checkpoint.get("at", dict(step=0, seconds=0.0, learned=True, stage=0))
     rows = evaluate(model, make_task(saved), config, device, at, files, resume)
-    final = dict(learned=at["learned"], seconds=at["seconds"], stage=str(at["stage"]),
+    stage = "/".join(map(str, numbers("stages", saved.stages)[at["stage"]]))
+    final = dict(learned=at["learned"], seconds=at["seconds"], stage=stage,
                  parameters=model.n_params(), state_floats=floats_carried(model))
     return config, final, rows
 
@@ -867,10 +949,8 @@ def finished_runs(folder):
     results = []
     for path in sorted(Path(folder).glob("*/config.json")):
         rows = read_metrics(path.parent)
-        evals = [row for row in rows if row["kind"] == "eval"]
-        evals = [row for row in evals if row["split"] == "test"] or evals
         config = Config(**{**json.loads(path.read_text(encoding="utf-8")), "out_dir": str(path.parent)})
-        results += [(config, row, evals) for row in rows if row["kind"] == "final"]
+        results += [(config, row, final_rows(rows)) for row in rows if row["kind"] == "final"]
     if not results:
         raise ValueError(f"--table: there is no finished run in the folders inside {folder}")
     return results
@@ -893,6 +973,8 @@ def main(argv=None):
         if switches.table:
             return table(finished_runs(switches.table))
         configs, results = grid(switches.preset, given), []
+        if switches.export and len(configs) > 1:
+            raise ValueError("--export: one folder holds one run, and these flags name several")
         for config in configs:
             if switches.export:
                 export(config, switches.export)

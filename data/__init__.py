@@ -28,7 +28,7 @@ class Question(NamedTuple):
     context: list            # arrays of ids, to be read one after another
     question: list           # ids
     answer: int              # the id that is right, or an array of A ids that all have to be
-    depth: float = 0.0       # where the oldest fact that it needs stands: 0 is the beginning of the context, 1 its end
+    depth: float = None      # where the oldest fact that it needs stands: 0 is the beginning of the context, 1 its end
 
 
 def generator(seed, split, *place):

@@ -52,16 +52,18 @@ class Sample(NamedTuple):
 def read_stories(path):
     """
     A published bAbI file -> list of stories, each a list of Line. ValueError with file and line for anything malformed:
-    a line without a number, numbers that do not count up from 1, a question without answer or support, support that
-    is not an earlier fact, text that is not UTF-8, an empty file.
+    a line without a number, numbers that do not count up from 1, a question without answer or support, an unknown
+    answer, support that is not an earlier fact, text that is not UTF-8, an empty file.
     """
     stories = []
     try:
         lines = Path(path).read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text (byte {e.start}); is this a bAbI file?") from None
+        n = e.object[:e.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {n}: not UTF-8 text; is this a bAbI file?") from None
     if lines == [""]:
-        raise ValueError(f"{path}: the file is empty")
+        raise ValueError(f"{path}, line 1: the file is empty")
+    answers = {word.lower() for word in WORDS}
     for n, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
         def fail(why):
             raise ValueError(f"{path}, line {n}: {why}")
@@ -83,6 +85,8 @@ def read_stories(path):
             continue
         if len(fields) != 3 or not fields[0].rstrip().endswith("?") or not fields[1].strip():
             fail("a question reads 'question?<TAB>answer<TAB>supporting line numbers'")
+        if fields[1].lower() not in answers:
+            fail(f"'{fields[1][:40]}' is no answer of bAbI's twenty tasks")
         if not re.fullmatch(r"\d+( \d+)*", fields[2]):
             fail(f"supporting line numbers expected, found {fields[2][:60]!r}")
         support = tuple(map(int, fields[2].split(" ")))

@@ -218,7 +218,8 @@ class InText:
 
     def part(self, files):
         """What of the files to evaluate on: what training held back, or all if training has seen none of them."""
-        return "val" if set(map(str, files)) & set(map(str, self.files)) else "test"
+        known = {Path(file).name for file in self.files}                    # wherever they lie
+        return "val" if known & {Path(file).name for file in files} else "test"
 
     def show(self, ids):
         return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)
@@ -303,7 +304,8 @@ class BABILong(InText):
             part, old = earlier[i] if earlier and earlier[i] else (dice.choice(self.parts), [])
             least = 3 if part == "qa3" else 1
             silent = bool(old) and dice.random() < 0.5
-            facts, found, new = self.story(dice, part, 0 if silent else max(least, n_facts), old)
+            told = 0 if silent else max(least, n_facts) if part in babi.TASKS else most_facts
+            facts, found, new = self.story(dice, part, told, old)
             facts = [self.encode(fact) for fact in facts]
             if most_words:
                 own = sum(map(Words.count, facts)) if length else 0
@@ -327,7 +329,8 @@ class BABILong(InText):
         """
         text, out = read_text(file, "test"), []
         try:
-            samples = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, text.splitlines()))
+            lines = [line for line in text.splitlines() if line.strip()]
+            samples = json.loads(text) if text.lstrip().startswith("[") else list(map(json.loads, lines))
         except ValueError as e:
             raise ValueError(f"{file}: not JSON ({e})") from None
         for i, sample in enumerate(samples, start=1):

@@ -12,6 +12,7 @@ qa5 needs none of these files: their stories are simulated.
 """
 import argparse
 import hashlib
+import http.client
 import os
 import re
 import sys
@@ -58,7 +59,7 @@ def fetch(url, path):
         if e.code == 416:                                               # there is nothing after what we have
             part.unlink()
         raise ValueError(f"{url}: the server says {e.code} {e.reason}") from None
-    except OSError as e:                                                # no network, a broken line, a full disk
+    except (OSError, http.client.HTTPException) as e:                   # no network, a broken line, a full disk
         raise ValueError(f"{url}: {getattr(e, 'reason', e)}; is there a network? The same command goes on") from None
     size = part.stat().st_size
     if total is not None and size != total:
@@ -80,7 +81,7 @@ def unpack_babi(archive, folder):
                 if member.isfile() and name in wanted:
                     found[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
-        raise ValueError(f"{archive}: not a whole archive ({e}); delete it and try again") from None
+        raise ValueError(f"{archive}: not a whole archive ({e}); the same command fetches it again") from None
     for name, digest in wanted.items():
         if name not in found:
             raise ValueError(f"{archive}: {name} is missing in it")
@@ -129,7 +130,11 @@ def main(argv=None):
             archive = out / "babi.tar.gz"
             if not archive.exists():
                 first_that_works(ARCHIVES, archive)
-            unpack_babi(archive, out / "babi.tmp")
+            try:
+                unpack_babi(archive, out / "babi.tmp")
+            except ValueError:
+                archive.unlink()                                        # so that the next try fetches it again
+                raise
             os.replace(out / "babi.tmp", out / "babi")
             archive.unlink()
         print(f"{out / 'babi'}: bAbI v1.2, 39 of the 40 files of en-10k")

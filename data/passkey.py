@@ -93,6 +93,6 @@ class PassKey(InText):
         for i in range(n):
             rng = generator(0, "test", length, i)
             context, key, start = self.context(rng, length * self.segment_len, files, self.part(files))
-            depth = start / (length * self.segment_len)
+            depth = None if self.kind == "first" else start / (length * self.segment_len)
             out.append(Question(context, self.question, self.digits[key], depth))
         return out, 0
