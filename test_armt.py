@@ -1026,13 +1026,15 @@ def shares(values):
 
 def describe(task, stories):
     """What section 8 of our notes counted in the published files: {name: number}, shares in per cent."""
-    actions, theres, verbs, before, gaps, words, kinds, back = [], [], [], [], [], [], [], []
+    actions, theres, verbs, before, gaps, words, kinds, back, nowhere = [], [], [], [], [], [], [], [], []
     for story in stories:
         events, last = [], None
         for n, line in enumerate(story):
             if line.answer is None:
                 events.append(event := parse(line.text))
                 actions.append(event.action)
+                placed = any(e.action == "move" and e.who == event.who for e in events)
+                nowhere += [not placed] if event.action == "get" else []
                 verbs += [line.text.split()[1]] if event.action == "move" else []
                 theres += [line.text.endswith("there.")] if event.action in ("get", "drop") else []
             else:
@@ -1047,6 +1049,8 @@ def describe(task, stories):
     found |= {f"{words} %": share for words, share in shares(words).items()}
     found |= {"facts before a question": np.mean(before), "lines of a story": np.mean(list(map(len, stories))),
               "median of the facts": np.median(before), "99 of 100 questions within": np.percentile(before, 99),
+              "95 of 100 questions within": np.percentile(before, 95),
+              "gets by somebody not yet placed %": 100 * np.mean(nowhere or [0]),
               "dropped %": shares(kinds).get("drop", 0), "there %": 100 * np.mean(theres or [0]),
               "went %": 100 * np.mean([verb == "went" for verb in verbs or ["none"]])}
     found |= {f"support {age} back %": share for age, share in shares(back).items()}
@@ -1057,13 +1061,16 @@ MEASURED = {     # in the published files, train and test; the means of qa3 in 3
     "qa1": {"move %": 100, "facts before a question": 6.0, "lines of a story": 15, "support 0 back %": 45.2, "went %": 40,
             "support 1 back %": 29.0, "support 2 back %": 13.3, "support 3 back %": 8.6, "support 4 back %": 4.0},
     "qa2": {"move %": 65.1, "get %": 19.8, "drop %": 15.2, "facts before a question": 15.6, "lines of a story": 27.0,
-            "median of the facts": 14, "dropped %": 68.8, "next question after two facts %": 71.3, "went %": 40},
+            "median of the facts": 14, "dropped %": 68.8, "next question after two facts %": 71.3, "went %": 40,
+            "gets by somebody not yet placed %": 28.0, "95 of 100 questions within": 30},
     "qa3": {"move %": 63.5, "get %": 19.0, "drop %": 17.6, "facts before a question": 51.0, "lines of a story": 78.8,
-            "median of the facts": 44, "dropped %": 79.5, "next question after two facts %": 55.1, "there %": 20},
+            "median of the facts": 44, "dropped %": 79.5, "next question after two facts %": 55.1, "there %": 20,
+            "gets by somebody not yet placed %": 9.0, "95 of 100 questions within": 116},
     "qa4": {"facts before a question": 2, "lines of a story": 3, "support 0 back %": 50, "support 1 back %": 50},
     "qa5": {"move %": 56.0, "get %": 16.9, "drop %": 11.7, "give %": 15.5, "facts before a question": 20.0,
             "lines of a story": 32.2, "median of the facts": 16, "What to %": 33.6,
-            "Who %": 17.0 + 16.5, "Who to %": 16.7 + 16.3, "next question after two facts %": 87.4}}
+            "Who %": 17.0 + 16.5, "Who to %": 16.7 + 16.3, "next question after two facts %": 87.4,
+            "95 of 100 questions within": 46}}                 # (gets by somebody not yet placed: 23.3; 24.4 in 12,000 of ours)
 
 
 @pytest.fixture(scope="module")
@@ -1077,7 +1084,7 @@ def test_a_simulated_world_has_the_statistics_of_the_published_files(task, simul
     """Percentages within 2 points, means within 3%: Weston et al. 2015, files en-10k of version 1.2."""
     found = describe(task, simulated[task])
     for name, measured in MEASURED[task].items():
-        tolerance = 2 if name.endswith("%") else 0.03 * measured
+        tolerance = 2 if name.endswith("%") or name.startswith("95") else 0.03 * measured       # facts come in twos
         assert found.get(name, 0) == pytest.approx(measured, abs=tolerance), name
     assert sum(line.answer is not None for story in simulated[task] for line in story) == len(
         simulated[task]) * (1 if task == "qa4" else 5)
@@ -1189,7 +1196,8 @@ def test_the_question_rule_explains_the_published_files(task):
     folder = published_files()
     if folder is None:
         pytest.skip("no published bAbI files: put them into data/babi, or name their folder in BABI_DIR")
-    stories = babi.read_stories(babi.find_file(folder, task))
+    files = [babi.find_file(folder, task), *sorted(folder.rglob(f"{task}_*_train.txt"))[-1:]]           # of en-10k, or of en
+    stories = [story for file in files for story in babi.read_stories(file)[:1000]]
     wrong, passed = unasked(task, stories, window=5)
     assert wrong == 0 and passed <= (0.005 if task == "qa3" else 0)
     if task in ("qa2", "qa3", "qa5"):
