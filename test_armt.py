@@ -1852,7 +1852,8 @@ def test_every_flag_has_both_spellings_and_a_help_line(capsys):
     (["--carry", "2"], "carry"), (["--carry", "0.5"], "carry"), (["--optimizer", "sgd"], "optimizer"),
     (["--device", "tpu"], "device"), (["--resume"], "resume"), (["--task", "text", "--background", "nowhere.txt"], "nowhere"),
     (["--task", "qa1", "--stages", "2/0/0"], "stages"), (["--batch_size", "0"], "batch_size"),
-    (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"), (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"),
+    (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"),
+    (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"),
     (["--memory", "full", "--pass_state", "0.5"], "pass_state"), (["--task", "passkey", "--key", "lost"], "--key"),
     (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),
 ])
@@ -2022,7 +2023,8 @@ def test_the_ablation_of_a_preset_is_for_armt_alone_and_caches_do_not_carry(caps
 def test_a_preset_of_no_task_is_laid_over_that_of_each_task():
     configs = train.grid("compare", dict(task=["remember", "rewrite", "qa1"], memory=["fam"]))
     assert [Path(c.out_dir).name for c in configs] == [f"compare-{t}-fam-seed0" for t in ("remember", "rewrite", "qa1")]
-    assert [c.segment_len for c in configs] == [4, 4, 64] and {(c.n_layer, c.batch_size, c.equal) for c in configs} == {(3, 32, "armt")}
+    assert [c.segment_len for c in configs] == [4, 4, 64]
+    assert {(c.n_layer, c.batch_size, c.equal) for c in configs} == {(3, 32, "armt")}
     assert configs[1].stages == train.PRESETS["rewrite"]["stages"] and configs[2].stages == train.PRESETS["qa1"]["stages"]
 
 
@@ -2380,7 +2382,8 @@ def test_what_was_written_is_shown_segment_by_segment(qa1, capsys):
 
 @pytest.mark.parametrize("memory, why", [("bswa", "keeps a cache"), ("none", "keeps nothing")])
 def test_what_keeps_all_or_nothing_has_no_strip(memory, why, qa1, capsys):
-    train.main([*FAST, "--task", "qa1", "--stages", "2", "--memory", memory, "--eval_lengths", "0", "--out_dir", str(qa1 / "b")])
+    train.main([*FAST, "--task", "qa1", "--stages", "2", "--memory", memory, "--eval_lengths", "0", "--out_dir",
+                str(qa1 / "b")])
     capsys.readouterr()
     argv = ["--out_dir", str(qa1 / "b"), "--read", str(qa1 / "book.txt"), "--written"]
     if memory == "bswa":
@@ -2396,7 +2399,7 @@ def test_stopping_sample_is_one_line_and_a_memory_needs_a_folder(qa1, capsys, mo
     def stop(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(sample.Reader, "tell", stop)
-    assert "stopped" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--read", qa1 / "book.txt", "--ask", "Where is Mary?")
+    assert "stopped" in fails(capsys, sample.main, "--out_dir", qa1 / "run", "--read", qa1 / "book.txt", "--ask", "Where?")
     lines = iter([f"read {qa1 / 'book.txt'}", "Where is Mary?", "quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     sample.main(["--out_dir", str(qa1 / "run")])

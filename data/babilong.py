@@ -228,8 +228,9 @@ class InText:
 class BABILong(InText):
     """
     The task as train.py and sample.py use it: one or more of bAbI's twenty tasks in background text. A stage is (most
-    facts, most words), or (most facts,) where each fact is a segment of its own; the length of an evaluation is its words. qa1 to qa5 are simulated and never the published test
-    stories; the others are read from the published files in `babi_dir`.
+    facts, most words), or (most facts,) where each fact is a segment of its own; the length of an evaluation is its
+    words. qa1 to qa5 are simulated and never the published test stories; the others are read from the published files in
+    `babi_dir`.
     """
     unit = "words"
     n_questions = 6                     # most questions to one story: reading is dear, asking is cheap
