@@ -447,6 +447,16 @@ class Run:
             return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
         return state_map(choose, self.carried[0], self.model.init_state(size) if new is None else new)
 
+    def cut(self, context, stage, rng):
+        """A context in the pieces that begin a segment: one (B, N), two with --cut, or its F facts."""
+        if context.ndim == 3:
+            return context.unbind(1)                                                 # (B, N) each
+        if babi_parts(self.config.task) and stage[1] and context.size(1) > 1 \
+                and rng.random() < self.config.cut:
+            end = int(rng.integers(1, context.size(1)))                  # a fact may be in two segments
+            return context[:, :end], context[:, end:]
+        return [context]
+
     def read(self, context, state):
         """
         The state after a context (B, N). With --bptt the gradient goes back through its last segments
@@ -481,16 +491,10 @@ class Run:
             return loss, (logits.argmax(-1) == targets).float().mean()
         state = self.first_state(rng, earlier) if keeping else None
         context, questions, answers = (torch.tensor(part, device=self.device) for part in batch[:3])
-        if context.ndim == 3:
-            *pieces, context = context.unbind(1)                         # each fact in its own segment
-        elif babi_parts(c.task) and stage[1] and context.size(1) > 1 and rng.random() < c.cut:
-            end = int(rng.integers(1, context.size(1)))                  # a fact may be in two segments
-            pieces, context = [context[:, :end]], context[:, end:]
-        else:
-            pieces = []
-        for piece in pieces:
+        *first, last = self.cut(context, stage, rng)
+        for piece in first:
             _, _, state = self.model(piece, state=state)
-        state = self.read(context, state)
+        state = self.read(last, state)
         answers = answers.view(*questions.shape[:2], -1)                             # (B, Q, A)
         row, which = (answers[..., 0] >= 0).nonzero(as_tuple=True)
         asked, answers = questions[row, which], answers[row, which]                  # (q, n), (q, A)
