@@ -59,7 +59,7 @@ class Config(GPTConfig):
     questions: int = 4               # recall: questions asked of one read
     key: str = "first"               # passkey: first, random, decoys or rewritten, see data/passkey.py
     buckets: int = 1024              # qa, passkey: ids shared by all words that are not the task's
-    cut: float = 0.0                 # share of batches whose contexts are cut in two, anywhere
+    cut: float = 0.0                 # qa: share of batches with background that are cut in two
     carry: float = 0.0               # last stage: with what probability the most patient row reads on
     jitter: float = 0.0              # share of a carried memory that is replaced by noise
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
@@ -86,14 +86,14 @@ class Config(GPTConfig):
 
 
 PRESETS = {
-    "remember": dict(segment_len=4, n_head=2),
+    "remember": dict(segment_len=4),
     "remember256": dict(
         segment_len=5, key_size=2, d_mem=64, questions=8, stages="1,2,4,8,16,50,100", batch_size=32,
         learned=0.9, last_steps=300, eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
     "compare": dict(                                     # of any task: one recipe for all memories
-        n_layer=3, equal="armt", batch_size=32, lr=1e-3, muon_lr=5e-3, last_steps=300),
+        n_layer=3, n_head=2, equal="armt", batch_size=32, lr=1e-3, muon_lr=5e-3, last_steps=300),
     "rewrite": dict(
-        task="rewrite", segment_len=4, n_head=2, questions=16, stages="2,4,8,16,50,50",
+        task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50,50",
         eval_lengths="16,50,100,200,500", eval_samples="500"),
     "qa1": dict(
         task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=32, lr=1e-3, muon_lr=5e-3,
@@ -447,11 +447,12 @@ class Run:
             return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
         return state_map(choose, self.carried[0], self.model.init_state(size) if new is None else new)
 
-    def cut(self, context, rng):
+    def cut(self, context, stage, rng):
         """A context in the pieces that begin a segment: one (B, N), two with --cut, or its F facts."""
         if context.ndim == 3:
             return context.unbind(1)                                                 # (B, N) each
-        if context.size(1) > 1 and rng.random() < self.config.cut:
+        if babi_parts(self.config.task) and stage[1] and context.size(1) > 1 \
+                and rng.random() < self.config.cut:
             end = int(rng.integers(1, context.size(1)))                  # a fact may be in two segments
             return context[:, :end], context[:, end:]
         return [context]
@@ -490,7 +491,7 @@ class Run:
             return loss, (logits.argmax(-1) == targets).float().mean()
         state = self.first_state(rng, earlier) if keeping else None
         context, questions, answers = (torch.tensor(part, device=self.device) for part in batch[:3])
-        *first, last = self.cut(context, rng)
+        *first, last = self.cut(context, stage, rng)
         for piece in first:
             _, _, state = self.model(piece, state=state)
         state = self.read(last, state)
