@@ -65,10 +65,10 @@ class Config(GPTConfig):
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
     recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
     pass_state: float = 0.0          # last stage: share of batches whose texts start from others' states
-    batch_size: int = 64             # rows in a batch
+    batch_size: int = 32             # rows in a batch
     optimizer: str = "muon"          # muon (between embedding and head; adamw for the rest) or adamw
-    lr: float = 2e-3                 # largest step size of adamw
-    muon_lr: float = 1e-2            # largest step size of muon
+    lr: float = 1e-3                 # largest step size of adamw
+    muon_lr: float = 5e-3            # largest step size of muon
     weight_decay: float = 1e-3       # pull of all weights towards zero
     warmup: int = 100                # steps in which the step size rises from zero
     clip: float = 1.0                # largest norm of a gradient
@@ -86,26 +86,25 @@ class Config(GPTConfig):
 
 
 PRESETS = {
-    "remember": dict(segment_len=4),
-    "remember256": dict(
-        segment_len=5, key_size=2, d_mem=64, questions=8, stages="1,2,4,8,16,50,100", batch_size=32,
-        learned=0.9, last_steps=300, eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
-    "compare": dict(                                     # of any task: one recipe for all memories
-        n_layer=3, n_head=2, equal="armt", batch_size=32, lr=1e-3, muon_lr=5e-3, last_steps=300),
+    "compare": dict(n_layer=3, equal="armt", last_steps=300),    # laid over the preset of any task
+    "remember": dict(segment_len=4, n_head=2),
     "rewrite": dict(
-        task="rewrite", segment_len=4, questions=16, stages="2,4,8,16,50,50",
+        task="rewrite", segment_len=4, n_head=2, questions=16, stages="2,4,8,16,50,50",
         eval_lengths="16,50,100,200,500", eval_samples="500"),
-    "qa1": dict(
-        task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=32, lr=1e-3, muon_lr=5e-3,
-        stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, last_steps=3000,
-        eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
+    "remember256": dict(
+        segment_len=5, key_size=2, d_mem=64, questions=8, stages="1,2,4,8,16,50,100", learned=0.9,
+        lr=2e-3, muon_lr=1e-2, last_steps=300,
+        eval_lengths="16,32,50,64,100,128,200,256", eval_samples="1000"),
     "passkey": dict(
-        task="passkey", segment_len=32, batch_size=32, lr=1e-3, muon_lr=5e-3, stages="1,2,4,8,18,18",
-        carry=0.995, jitter=0.3, last_steps=1500, eval_lengths="2,18,254,2540",
-        eval_samples="1000,1000,100,100", eval_batch=100),
+        task="passkey", segment_len=32, stages="1,2,4,8,18,18", carry=0.995, jitter=0.3,
+        last_steps=1500, eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100", eval_batch=100),
+    "qa1": dict(
+        task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=64,
+        stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, last_steps=2000,
+        eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "text": dict(
-        task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, last_steps=1000,
-        eval_lengths="64,512,4k", eval_samples="64"),
+        task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, lr=2e-3, muon_lr=1e-2,
+        last_steps=1000, eval_lengths="64,512,4k", eval_samples="64"),
 }
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
