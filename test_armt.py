@@ -2024,7 +2024,7 @@ def test_a_preset_of_no_task_is_laid_over_that_of_each_task():
     configs = train.grid("compare", dict(task=["remember", "rewrite", "qa1"], memory=["fam"]))
     assert [Path(c.out_dir).name for c in configs] == [f"compare-{t}-fam-seed0" for t in ("remember", "rewrite", "qa1")]
     assert [c.segment_len for c in configs] == [4, 4, 64]
-    assert {(c.n_layer, c.batch_size, c.equal) for c in configs} == {(3, 32, "armt")}
+    assert {(c.n_layer, c.last_steps, c.equal) for c in configs} == {(3, 300, "armt")}
     assert configs[1].stages == train.PRESETS["rewrite"]["stages"] and configs[2].stages == train.PRESETS["qa1"]["stages"]
 
 
