@@ -3,7 +3,7 @@ Use a trained memory: tell it facts, let it read a book, ask.
 
     python sample.py --facts "Mary went to the kitchen." --read book.txt --ask "Where is Mary?"
     python sample.py                                        a small conversation at the prompt
-    python sample.py --read book.txt --quiz 100             100 times: two or three facts, the book, a question
+    python sample.py --read book.txt --quiz 100             100 times: three facts, the book, a question
     python sample.py --facts "..." --read book.txt --written  a strip: which segments wrote to memory
     python sample.py --read book.txt --save_state book.pt   read once ...
     python sample.py --load_state book.pt --ask "..."       ... ask tomorrow

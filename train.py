@@ -5,7 +5,7 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --memory none                     the control: it stays at chance
     python train.py --memory rmt,armt --seed 0,1,2    a grid: one folder a run, one table at the end
     python train.py --task rewrite                    keys that are written again and again
-    python train.py --preset remember256              256 keys of two symbols, up to 128 pairs
+    python train.py --preset remember256              256 keys of two symbols, up to 100 pairs
     python train.py --task qa1                        BABILong: facts in background text (qa1 to qa20)
     python train.py --task qa2 --init out/qa1-armt-seed0       begin with what qa1 has learned
     python train.py --task passkey --memory fam       five digits, told once in a long text
