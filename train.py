@@ -304,6 +304,11 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def file_names(files):
+    """The names of files, wherever they lie: the same text is in another folder on another machine."""
+    return [Path(file).name for file in files]
+
+
 def save(folder, config, checkpoint):
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(config), indent=1) + "\n"
@@ -712,7 +717,7 @@ def cells(task, config, files):
     fresh = config.task in ("remember", "rewrite", "passkey") or config.babi_dir
     common = dict(split="test" if fresh else "val")
     if files:
-        common["background"] = [Path(file).name for file in files]
+        common["background"] = file_names(files)
     if config.band != Config.band:
         common["band"] = [float(part) for part in config.band.split(",")]
     return [dict(length=length, asked=counts[min(i, len(counts) - 1)], **common, **part)
@@ -727,6 +732,8 @@ def evaluate(model, task, config, device, at, files=None, resume=False):
     before, rows = read_metrics(config.out_dir) if resume else [], []
     if config.task == "text" and files:
         task = Text(files)
+    if not resume:
+        Path(config.out_dir, "reading.pt").unlink(missing_ok=True)
     model.eval()
     for cell in cells(task, config, files):
         cell["step"] = at["step"]
@@ -734,8 +741,6 @@ def evaluate(model, task, config, device, at, files=None, resume=False):
                 if row["kind"] == "eval" and all(row.get(name) == cell.get(name) for name in WHAT)]
         row = done[-1] if done else None
         if row is None:
-            if not resume:
-                Path(config.out_dir, "reading.pt").unlink(missing_ok=True)
             if config.task == "text":
                 row = evaluate_text(model, task, cell, device)
             else:
@@ -897,8 +902,8 @@ def one_run(config, given, resume, alone):
             raise ValueError(f"{folder} holds weights only: it can be used (sample.py, --eval_only) "
                              f"but cannot be continued")
         same_run(saved, config, given)
-        if sorted(Path(file).name for file in config.background) != sorted(
-                Path(file).name for file in saved.background) and "background" in given:
+        if "background" in given \
+                and sorted(file_names(config.background)) != sorted(file_names(saved.background)):
             raise ValueError(f"--background: the run in {folder} is trained on {' '.join(saved.background)}; "
                              f"choose another --out_dir")
         config = Config(**{**asdict(saved), **{k: getattr(config, k) for k in ASIDE & given.keys()},
@@ -962,7 +967,7 @@ def finished_runs(folder):
 def export(config, folder):
     """Write config and weights, float16, to `folder`: enough to use the model, not to train it on."""
     saved, model, _ = load(config.out_dir)
-    saved.out_dir, saved.background = "", [Path(file).name for file in saved.background]
+    saved.out_dir, saved.background = "", file_names(saved.background)
     save(Path(folder), saved, dict(model={name: p.half() for name, p in model.state_dict().items()}))
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     print(f"{folder}: {size:,} bytes\nnext: python sample.py --out_dir {folder}")
