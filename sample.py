@@ -54,8 +54,8 @@ class Reader:
         self.written = []                                  # (change of the memory, ids) of each segment
         self.tail = torch.zeros(1, 0, dtype=torch.long, device=self.device)
 
-    def ids(self, text):
-        return torch.tensor([self.words.encode(text)], dtype=torch.long, device=self.device)            # (1, n)
+    def tensor(self, ids):
+        return torch.tensor([ids], dtype=torch.long, device=self.device)                                # (1, n)
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
@@ -64,7 +64,8 @@ class Reader:
 
     def tell(self, text):
         """Read a piece of text. It may stop anywhere between two words: telling in two calls equals telling in one."""
-        began, idx, T = time.time(), self.ids(text), self.model.config.segment_len
+        began, T = time.time(), self.model.config.segment_len
+        idx = self.tensor(self.words.pad(self.words.encode(text), at=self.tail.size(1)))
         for piece in idx.split(T, dim=1) if self.watch else [idx]:                 # T tokens complete at most a segment
             before, segment = self.state, torch.cat((self.tail, piece), dim=1)[0, :T].tolist()
             self.state, self.tail = self.model.read(piece, self.state, self.tail)
@@ -99,7 +100,7 @@ class Reader:
     @torch.no_grad()
     def ask(self, question):
         """Probabilities of all words as the answer, (V,). What was read stays as it was."""
-        idx = self.ids(question)
+        idx = self.tensor(self.words.encode(question))
         if idx.size(1) == 0:
             raise ValueError("--ask: the question has no words")
         state = self.state
@@ -204,13 +205,12 @@ def converse(reader):
 
 def quiz(reader, task, files, n):
     """n rows side by side: each is told a short story of its own, then all read the files, then each is asked."""
-    text = [np.array(task.words.encode(babilong.read_text(file)), dtype=np.int32) for file in files]
+    text = [np.array(task.words.pad(task.words.encode(babilong.read_text(file))), dtype=np.int32) for file in files]
     dice, questions = random.Random(f"quiz {n}"), []
     for i in range(n):
         facts, found, _ = task.story(dice, task.parts[i % len(task.parts)], 3, [])
         question, right = dice.choice(found)
-        questions.append(Question([np.array(task.words.encode(" ".join(facts))), *text], task.words.encode(question),
-                                  task.words.id(right)))
+        questions.append(Question([*task.tell(facts), *text], task.words.encode(question), task.words.id(right)))
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True) as bar:
         said = answer(reader.model, questions, reader.device, bar)

@@ -1134,7 +1134,7 @@ def solve(task, facts, question):
                 before.append(places[event.who])             # he had moved before anybody saw him carry it
     if task == "qa1" or words[0] == "Where" and words[2] in places:          # in training qa2 and qa3 ask for people, too
         return [places[words[2]]]
-    if task == "qa2":
+    if task == "qa2" or words[:2] == ["Where", "is"]:
         who = holder[words[3]]
         return [places[who] if who else history[words[3]][-1]]
     if task == "qa3":
@@ -1240,6 +1240,20 @@ def test_published_stories_are_known_by_their_facts():
     for task in babi.TASKS:
         samples = babi.samples(babi.read_stories(babi.find_file(folder, task)))
         assert all(babi.is_published(sample.facts) for sample in samples)
+
+
+def test_what_one_gets_without_a_model(tmp_path, monkeypatch, capsys):
+    told = [("Mary went to the garden. John went to the office.", "garden"), ("Mary went to the office.", "office"),
+            ("Mary got the milk there.", "garden"), ("John went to the garden.", "garden")]
+    assert babi.without_model([babi.Sample([facts], "", right, ()) for facts, right in told]) == (0.75, 0.5)
+    monkeypatch.setattr(sys, "argv", ["babi", str(published_files() or tmp_path)])
+    if published_files() is None:
+        with pytest.raises(SystemExit, match="^data.babi: babi_dir: no qa1_"):
+            babi.main()
+    else:
+        babi.main()
+        found = re.findall(r"qa\d +1,000 +(.+?) +(.+)", capsys.readouterr().out)          # measured by other code before
+        assert found[:3] == [("18.7", "52.7"), ("18.7", "39.9"), ("21.5", "14.0")] and found[3][0] == "17.7"
 
 
 def test_simulated_stories_are_not_taken_for_published_ones(simulated):
@@ -1401,6 +1415,65 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, l
     if length == 500:
         other, _ = babilong.compose(generator(99, "train"), FACTS, length, library)
         assert not np.array_equal(np.concatenate(context), np.concatenate(other))
+
+
+@pytest.mark.parametrize("length", [0, OWN + 1, OWN + 40, 500, 3000])
+@pytest.mark.parametrize("segment", [8, 16])
+def test_aligned_sentences_begin_segments_and_nothing_else_changes(length, segment, tmp_path):
+    files = [book(tmp_path, "a", 60), book(tmp_path, "b", 40)]
+    words = babilong.Words(buckets=2 ** 40, align=segment)
+    loose, aligned = babilong.Background(files, "test", BIG), babilong.Background(files, "test", words)
+    for seed in range(20):
+        context, starts = babilong.compose(generator(seed, "train"), FACTS, length, loose)
+        padded, places = babilong.compose(generator(seed, "train"), list(map(words.pad, FACTS)), length, aligned)
+        ids, blanks = np.concatenate(context), np.concatenate(padded)
+        assert np.array_equal(blanks[blanks > 0], ids) and len(blanks) % segment == 0
+        begin = [n for n in range(len(ids)) if n == 0 or ids[n - 1] <= 3 or n in starts]        # where sentences begin
+        first = [n for n in range(0, len(blanks), segment) if n == 0 or blanks[n - 1] <= 3 or n in places]
+        assert blanks[first].tolist() == ids[begin].tolist()
+        assert [ids[n] for n in starts] == [blanks[n] for n in places] and not any(n % segment for n in places)
+
+
+def test_blanks_end_a_sentence_wherever_it_began():
+    words = babilong.Words(align=4)
+    assert words.pad([5, 6, 1, 7, 1, 8]) == [5, 6, 1, 0, 7, 1, 0, 0, 8]
+    assert words.pad([5, 6, 7, 1, 8, 2]) == [5, 6, 7, 1, 8, 2, 0, 0]
+    assert words.pad([6, 1, 7], at=3) == [6, 1, 0, 0, 0, 7] and words.pad([6, 7, 1], at=5) == [6, 7, 1]
+    assert babilong.Words().pad([5, 6, 1, 7, 1, 8]) == [5, 6, 1, 7, 1, 8]
+
+
+def test_a_sentence_that_looks_like_a_fact_is_none(library):
+    dice, facts = random.Random(0), FACTS[:2]
+    known, kinds = {i for fact in facts for i in fact}, []
+    sentence = library.ids[library.begin[0]:library.begin[1]].tolist()
+    for _ in range(600):
+        made = babilong.look_alike(dice, sentence, facts)
+        text = f" {' '.join(map(str, made))} "
+        assert not any(f" {' '.join(map(str, fact[:-1]))} " in text for fact in facts)       # not even without its dot
+        assert set(made) <= known | set(sentence) and made[-1] == sentence[-1]
+        if len(made) > len(sentence):                                                       # one or two words are strange
+            head = made[:len(made) - len(sentence)]
+            assert made[len(head):] == sentence and head[-1] == 1 and 1 <= len(set(head) - known) <= 2
+            kinds.append("front")
+        else:
+            assert len(made) == len(sentence)
+            changed = [n for n, (a, b) in enumerate(zip(made, sentence)) if a != b]
+            kinds.append("words" if not changed or max(changed) > 5 else "beginning")
+    assert all(kinds.count(kind) > 100 for kind in ("front", "words", "beginning"))
+    assert babilong.look_alike(random.Random(1), [4, 5, 1], facts)[-1] == 1                  # no word that is strange
+
+
+def test_decoys_are_a_share_of_the_training_text_and_of_no_other(tmp_path):
+    files = [book(tmp_path, "a", 600)]
+    plain, made, again = (babilong.BABILong(BIG, files, ["qa1"], decoys=share) for share in (0.0, 0.3, 0.3))
+    expected = babilong.Background(files, "train", BIG).ids
+    assert np.array_equal(plain.training_text().ids, expected)
+    text = made.training_text()
+    assert np.array_equal(text.ids, again.training_text().ids) and made.training_text() is text
+    known = {i for name in babi.WORDS for i in BIG.encode(name)}
+    inside = [known & set(text.ids[a:b].tolist()) for a, b in itertools.pairwise(text.begin)]
+    assert len(inside) == 540 and 0.2 < np.mean(list(map(bool, inside))) < 0.35
+    assert np.array_equal(made.text(files, "val").ids, babilong.Background(files, "val", BIG).ids)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.5, 0.75), (0, 0.1), (0.9, 1), (0, 0), (1, 1)])
@@ -1855,7 +1928,8 @@ def test_every_flag_has_both_spellings_and_a_help_line(capsys):
     (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"),
     (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"),
     (["--memory", "full", "--pass_state", "0.5"], "pass_state"), (["--task", "passkey", "--key", "lost"], "--key"),
-    (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),
+    (["--stretch", "0.5"], "stretch"), (["--align", "1"], "align"), (["--task", "qa1", "--cut", "0.5"], "align"),
+    (["--decoys", "0.5"], "decoys"), (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),
 ])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(argv, flag, capsys, tmp_path):
     line = fails(capsys, train.main, *FAST, *argv, "--out_dir", tmp_path / "run")
@@ -1909,6 +1983,42 @@ def test_rows_that_read_on_start_from_their_memory_unless_they_forgot(memory, pa
     assert torch.equal(new[1], old[1]) and not old.requires_grad
     for row in (0, 2, 3):                                      # new texts: an empty memory, or that of some other row
         assert any(torch.equal(new[row], other) for other in (old if pass_state else first))
+
+
+def test_stretch_goes_on_in_the_direction_of_a_text_that_told_nothing(tmp_path):
+    config = train.Config(task="qa1", n_embd=16, n_head=2, batch_size=32, stages="4/16", carry=0.9, stretch=100.0, last_steps=10,
+                          buckets=8, out_dir=str(tmp_path))
+    run = train.Run(config, "cpu")
+    old, new = (armt.state_map(lambda s: torch.randn(s.shape), run.model.init_state(32)) for _ in range(2))
+    silent = [i % 2 == 0 for i in range(32)]
+    for step, most in ((0, 1), (2, 100 ** 0.4), (5, 100), (10, 100)):
+        run.at["stage_step"], times = step, []
+        for a, b, far in zip(old[0], new[0], run.stretch(np.random.default_rng(0), old, new, silent)[0]):
+            assert torch.equal(far[1::2], b[1::2])                 # a row that was told something is as it is
+            ratio = ((far - a) / (b - a)).flatten(1)[::2]          # the same for all numbers of a row
+            assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=0.05)
+            times.append(ratio.median(1).values)
+        assert torch.allclose(*times, rtol=0.01) and 0.99 <= times[0].min() and times[0].max() <= 1.01 * most
+        assert most == 1 or times[0].max() > most ** 0.7 > most ** 0.3 > times[0].min()
+
+
+def test_the_texts_that_are_stretched_are_those_that_go_on_and_tell_nothing(tmp_path, monkeypatch):
+    config = train.Config(task="qa1", n_embd=16, n_head=2, batch_size=32, stages="4/16", carry=0.9, stretch=10.0, last_steps=10,
+                          buckets=8, out_dir=str(tmp_path))
+    run, seen = train.Run(config, "cpu"), []
+
+    def record(rng, old, new, silent):
+        seen.append(silent)
+        return armt.state_map(torch.ones_like, new)
+    monkeypatch.setattr(run, "stretch", record)
+    run.step()
+    assert seen == []                                              # nobody goes on in the first batch
+    knew = run.carried[2].fill_(True)
+    before = run.carried[1]
+    run.step()
+    silent, after = seen[0], run.carried[1]
+    assert knew.all() and silent == [a == b for a, b in zip(before, after)] and 4 < sum(silent) < 28
+    assert all((part == 1).all() for part in run.carried[0][0])    # what is carried and asked is what was stretched
 
 
 def test_jitter_is_noise_of_a_share_of_the_size_of_each_memory(tmp_path):
@@ -2023,7 +2133,7 @@ def test_the_ablation_of_a_preset_is_for_armt_alone_and_caches_do_not_carry(caps
 def test_a_preset_of_no_task_is_laid_over_that_of_each_task():
     configs = train.grid("compare", dict(task=["remember", "rewrite", "qa1"], memory=["fam"]))
     assert [Path(c.out_dir).name for c in configs] == [f"compare-{t}-fam-seed0" for t in ("remember", "rewrite", "qa1")]
-    assert [c.segment_len for c in configs] == [4, 4, 64]
+    assert [c.segment_len for c in configs] == [4, 4, 8]
     assert {(c.n_layer, c.last_steps, c.equal) for c in configs} == {(3, 300, "armt")}
     assert configs[1].stages == train.PRESETS["rewrite"]["stages"] and configs[2].stages == train.PRESETS["qa1"]["stages"]
 
@@ -2032,6 +2142,8 @@ def test_a_preset_of_no_task_is_laid_over_that_of_each_task():
                                    ["--task", "rewrite", "--stages", "3", "--carry", "0.7"],
                                    ["--task", "passkey", "--segment_len", "32", "--carry", "0.7", "--jitter", "0.1"],
                                    ["--task", "qa2", "--stages", "3/0,4/40", "--carry", "0.7", "--cut", "0.5"],
+                                   ["--task", "qa2", "--stages", "3/0,4/40", "--carry", "0.7", "--stretch", "9", "--align", "1",
+                                    "--cut", "0"],
                                    ["--memory", "fam", "--pass_state", "0.7", "--equal", "armt"],
                                    ["--memory", "fam", "--window", "1", "--dropout", "0.1"],
                                    ["--memory", "bswa", "--dropout", "0.1"]])
@@ -2104,6 +2216,18 @@ def qa1(tmp_path):
     train.main([*FAST, "--task", "qa1", "--stages", "2/0,4/40", "--learned", "0", "--eval_lengths", "0",
                 "--out_dir", str(tmp_path / "run")])
     return tmp_path
+
+
+def test_the_table_by_depth_tells_how_long_a_text_is_for_gpt2(capsys):
+    assert babilong.GPT2_TOKENS == round(127_695 / 88_592, 2)          # tokens and words of BABILong's 128K split
+    row = dict(depths=[[2, 1], [0, 0], [1, 1], [0, 0], [3, 3]])
+    for task, head, line in (("qa2", "GPT-2 tokens", "1,000,000       1440000"), ("passkey", "segments", "1,000,000")):
+        train.table_by_depth(task, "a run", [{1_000_000: row}, {1_000_000: row}])
+        shown = capsys.readouterr().out.splitlines()
+        assert head in shown[2] and shown[3].split()[0] == "1,000,000" and line in shown[3]
+        assert shown[3].split()[-5:] == ["2/4", "0/0", "2/2", "0/0", "6/6"] and len(shown[3].split()) == 6 + (task == "qa2")
+    train.table_by_depth("qa1", "a run", [{0: row}])
+    assert "the facts" in capsys.readouterr().out
 
 
 def test_eval_only_appends_its_rows_in_the_order_asked(qa1, capsys):
@@ -2296,7 +2420,10 @@ def reader_of(folder):
     return sample.Reader(model, train.make_task(config), "cpu")
 
 
-def test_telling_in_two_calls_equals_telling_in_one_and_asking_changes_nothing(qa1):
+@pytest.mark.parametrize("align", [0, 1])
+def test_telling_in_two_calls_equals_telling_in_one_and_asking_changes_nothing(align, qa1):
+    config = json.loads((qa1 / "run" / "config.json").read_text())
+    (qa1 / "run" / "config.json").write_text(json.dumps({**config, "align": align}))
     one, two = reader_of(qa1 / "run"), reader_of(qa1 / "run")
     text = (qa1 / "book.txt").read_text()[:3000]
     cut = text.index(" ", 1111)
@@ -2308,6 +2435,10 @@ def test_telling_in_two_calls_equals_telling_in_one_and_asking_changes_nothing(q
     assert one.words_read == two.words_read == babilong.Words.count(two.words.encode(text))
     assert torch.equal(one.tail, two.tail)
     assert torch.allclose(one.ask("Where is Mary?"), two.ask("Where is Mary?"), atol=1e-6)
+    idx = torch.tensor([one.words.pad(one.words.encode(text))])
+    assert align == (0 in idx)
+    state, tail = one.model.read(idx)
+    assert torch.equal(tail, one.tail) and torch.allclose(state[0][0], one.state[0][0], atol=1e-6)
 
 
 def test_reading_a_file_equals_telling_its_text(qa1):

@@ -59,9 +59,12 @@ class Config(GPTConfig):
     questions: int = 4               # recall: questions asked of one read
     key: str = "first"               # passkey: first, random, decoys or rewritten, see data/passkey.py
     buckets: int = 1024              # qa, passkey: ids shared by all words that are not the task's
+    align: int = 0                   # qa: 1 lets every sentence begin a segment, with blanks before it
+    decoys: float = 0.0              # qa1 to qa5: share of background in training that looks like facts
     cut: float = 0.0                 # qa: share of batches with background that are cut in two
     carry: float = 0.0               # last stage: with what probability the most patient row reads on
     jitter: float = 0.0              # share of a carried memory that is replaced by noise
+    stretch: float = 1.0             # --carry: a text that tells nothing new counts up to so many times
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
     recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
     pass_state: float = 0.0          # last stage: share of batches whose texts start from others' states
@@ -99,13 +102,19 @@ PRESETS = {
         task="passkey", segment_len=32, stages="1,2,4,8,18,18", carry=0.995, jitter=0.3,
         last_steps=1500, eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100", eval_batch=100),
     "qa1": dict(
-        task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=64,
-        stages="2/0,3/0,4/0,6/0,10/0,10/128,10/512", cut=0.5, carry=0.98, last_steps=2000,
+        task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=64, segment_len=8, align=1, decoys=0.3,
+        stages="4/0,10/0,10/128,10/256", carry=0.98, stretch=100.0, last_steps=500,
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "text": dict(
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, lr=2e-3, muon_lr=1e-2,
         last_steps=1000, eval_lengths="64,512,4k", eval_samples="64"),
 }
+for name, sizes in dict(                       # as qa1, but for these
+        qa2=dict(n_mem=8, learned=0.97, stages="4/0,10/0,20/0,20/128,30/256", last_steps=1000),
+        qa3=dict(n_mem=8, learned=0.95, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1000),
+        qa4=dict(stages="2/0,2/128,2/256"),
+        qa5=dict(n_mem=8, stages="4/0,10/0,20/0,20/128,20/256")).items():
+    PRESETS[name] = {**PRESETS["qa1"], "task": name, **sizes}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
 ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_batch",
@@ -232,8 +241,8 @@ def check_evaluation(config):
 def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
-                  questions=(1, math.inf), buckets=(1, math.inf), cut=(0, 1), carry=(0, 1),
-                  jitter=(0, 1), pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
+                  questions=(1, math.inf), buckets=(1, math.inf), align=(0, 1), decoys=(0, 1), cut=(0, 1), carry=(0, 1),
+                  jitter=(0, 1), stretch=(1, math.inf), pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
                   dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf))
@@ -255,6 +264,10 @@ def check(config):
                          f"{config.key_size}")
     if config.equal and config.equal not in MEMORIES:
         raise ValueError(f"--equal: there is no '{config.equal}'; choose one of {', '.join(MEMORIES)}")
+    if config.align and (config.cut or not babi_parts(config.task)):
+        raise ValueError("--align: it is for qa1 to qa20, and with --cut 0, for it cuts no fact")
+    if config.decoys and not set(babi_parts(config.task)) & set(babi.TASKS):
+        raise ValueError(f"--decoys: {config.task} has no facts that can be simulated; use --decoys 0")
     if config.key not in KINDS:
         raise ValueError(f"--key: there is no '{config.key}'; choose one of {', '.join(KINDS)}")
     if config.carry and config.task in ("remember", "text"):
@@ -283,8 +296,9 @@ def pick_device(name):
 def make_task(config):
     """The task of a config: it makes batches and questions, and shows ids as text."""
     if parts := babi_parts(config.task):
-        words = babilong.Words(config.words or babi.WORDS, config.buckets)
-        return babilong.BABILong(words, config.background, parts, config.babi_dir)
+        words = babilong.Words(config.words or babi.WORDS, config.buckets,
+                               align=config.segment_len * config.align)
+        return babilong.BABILong(words, config.background, parts, config.babi_dir, config.decoys)
     if config.task == "passkey":
         words = babilong.Words(config.words or WORDS, config.buckets)
         return PassKey(words, config.background, config.key, config.segment_len)
@@ -451,6 +465,18 @@ class Run:
             return torch.where(stay.view(-1, *[1] * (old.dim() - 1)), old, new)
         return state_map(choose, self.carried[0], self.model.init_state(size) if new is None else new)
 
+    def stretch(self, rng, old, new, silent):
+        """
+        The memory of rows that were told nothing new, moved on in the direction in which it went from `old`
+        to `new`, up to --stretch times as far: what one text does to it, many will do again and again.
+        """
+        c, size = self.config, len(silent)
+        most = c.stretch ** min(1.0, 2 * self.at["stage_step"] / c.last_steps)     # it grows in the first half
+        times = np.where(silent, most ** rng.random(size), 1.0)                    # of all magnitudes alike
+        times = torch.tensor(times, dtype=torch.float32, device=self.device)                      # (B,)
+        return state_map(
+            lambda a, b: torch.lerp(a, b, times.to(b.dtype).view(-1, *[1] * (b.dim() - 1))), old, new)
+
     def cut(self, context, stage, rng):
         """A context in the pieces that begin a segment: one (B, N), two with --cut, or its F facts."""
         if context.ndim == 3:
@@ -493,12 +519,15 @@ class Run:
             idx, targets = (torch.tensor(part, device=self.device) for part in batch)
             logits, loss, _ = self.model(idx, targets)
             return loss, (logits.argmax(-1) == targets).float().mean()
-        state = self.first_state(rng, earlier) if keeping else None
+        start = state = self.first_state(rng, earlier) if keeping else None
         context, questions, answers = (torch.tensor(part, device=self.device) for part in batch[:3])
         *first, last = self.cut(context, stage, rng)
         for piece in first:
             _, _, state = self.model(piece, state=state)
         state = self.read(last, state)
+        if earlier and c.stretch > 1:
+            silent = [old == new for old, new in zip(earlier, batch.stories)]
+            state = self.stretch(rng, start, state, silent)
         answers = answers.view(*questions.shape[:2], -1)                             # (B, Q, A)
         row, which = (answers[..., 0] >= 0).nonzero(as_tuple=True)
         asked, answers = questions[row, which], answers[row, which]                  # (q, n), (q, A)

@@ -1,13 +1,17 @@
 """
 bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds in which people move about, and questions about them.
 
-The published files (v1.2) are read and written byte for byte. For qa1, "Where is Mary?", there is also a simulator,
-so that a model can be trained on as many stories as it likes and never see a published one. Its rules were inferred
-from the published files: the generator that made them is not public.
+The published files (v1.2) are read and written byte for byte. For qa1 to qa5 there is also a simulator, so that a
+model can be trained on as many stories as it likes and never see a published one. Its rules were inferred from the
+published files: the generator that made them is not public.
+
+    python -m data.babi DIR            what one gets on the test questions in DIR without any model
 """
 import itertools
 import re
+import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,7 +272,7 @@ def relations(dice):
 def subject(task, event):
     """What a question might ask because of this event: an actor (qa1), a thing, an event of qa4, or None."""
     if task == "qa1":
-        return event.who
+        return event.who if event.action == "move" else None
     if task == "qa4":
         return event
     if task == "qa5":
@@ -351,3 +355,27 @@ def simulate(dice, task, n_stories, window=WINDOW):
                 questions -= 1
         stories.append(story)
     return stories
+
+
+def without_model(asked):
+    """Of these samples, the share that is right if one always says the commonest answer, or the last place mentioned."""
+    commonest = Counter(sample.answer for sample in asked).most_common(1)[0][1]
+    places = [[word for word in re.findall("[a-z]+", " ".join(sample.facts)) if word in PLACES] for sample in asked]
+    return commonest / len(asked), sum(place[-1:] == [s.answer] for place, s in zip(places, asked)) / len(asked)
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit("data.babi: name the folder with the published files, as in python -m data.babi data/babi")
+    try:
+        print("right, %  questions  commonest answer  last place mentioned")
+        for task in TASKS:
+            asked = samples(read_stories(find_file(sys.argv[1], task)))
+            commonest, last_place = without_model(asked)
+            print(f"{task:8}  {len(asked):9,}  {100 * commonest:16.1f}  {100 * last_place:20.1f}")
+    except (ValueError, OSError) as e:
+        sys.exit(f"data.babi: {e}")
+
+
+if __name__ == "__main__":
+    main()

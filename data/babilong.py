@@ -19,14 +19,18 @@ from . import Batch, Question, babi, fill, generator
 
 MARKS = [".", "?", "!"]
 GPT2_TOKENS = 1.44                  # to a word: the 128K split of BABILong has 127,695 in 88,592 words
+EASIER = dict(qa2=["qa1"], qa3=["qa2", "qa1"])     # where a thing is, is where somebody went; where it was, where it is
 PROSE = "prose"                     # the name of the built-in background
 
 
 class Words:
-    """Text <-> ids: 0 is the blank, then the marks, then `words`, then `buckets` ids shared by all other words."""
+    """
+    Text <-> ids: 0 is the blank, then the marks, then `words`, then `buckets` ids shared by all other words. `align` is
+    the length of the segments in which every sentence is to begin one; 0 lets sentences begin anywhere.
+    """
 
-    def __init__(self, words=babi.WORDS, buckets=1024):
-        self.words, self.buckets = list(words), buckets
+    def __init__(self, words=babi.WORDS, buckets=1024, align=0):
+        self.words, self.buckets, self.align = list(words), buckets, align
         self.names = [" ", *MARKS, *self.words]
         self.ids = {name.lower(): i for i, name in enumerate(self.names)}
         self.size = len(self.names) + buckets
@@ -41,6 +45,17 @@ class Words:
 
     def encode(self, text):
         return [self.id(word) for word in self.split(text)]
+
+    def pad(self, ids, at=0):
+        """With `align`, the ids and blanks behind each sentence up to the next segment; `at` ids stand before them."""
+        if not self.align:
+            return ids
+        out = []
+        for i in ids:
+            out.append(i)
+            if 0 < i <= len(MARKS):
+                out += [0] * (-(at + len(out)) % self.align)
+        return out
 
     def unknown(self, text, known=None):
         """The words of the text that are not known, each once. If not said, all words with ids of their own are."""
@@ -95,10 +110,11 @@ class Background:
     """
     Sentences to hide facts in: those of at least `shortest` tokens of the given UTF-8 files, in their natural order.
     `part` says which of them: 'train' is the first 90% of each text, 'val' the rest, 'test' all of it; for the
-    built-in prose these are three different texts. Errors (a missing, empty or non-text file) name the file.
+    built-in prose these are three different texts. `change` is a function that each of them goes through, from ids to
+    ids. Errors (a missing, empty or non-text file) name the file.
     """
 
-    def __init__(self, files=(PROSE,), part="train", words=None, shortest=10):
+    def __init__(self, files=(PROSE,), part="train", words=None, shortest=10, change=list):
         words = words or Words()
         texts = []                                                                  # lists of sentences
         for file in files:
@@ -106,11 +122,11 @@ class Background:
             if str(file) != PROSE:
                 cut = len(sentences) * 9 // 10
                 sentences = dict(train=sentences[:cut], val=sentences[cut:], test=sentences)[part]
-            texts.append([s for s in sentences if len(s) >= shortest])
+            texts.append([words.pad(change(s)) for s in sentences if len(s) >= shortest])
             if not texts[-1]:
                 raise ValueError(f"{file} has no sentence of {shortest} or more words")
         flat = [s for text in texts for s in text]
-        self.ids = np.concatenate(flat).astype(np.int64)
+        self.ids, self.align = np.concatenate(flat).astype(np.int64), words.align
         self.begin = np.cumsum([0] + [len(s) for s in flat])                        # where sentence i begins, in tokens
         self.text_end = np.cumsum([len(text) for text in texts])                    # sentences up to the end of text i
         self.n_words = np.concatenate(([0], np.cumsum(self.ids > len(MARKS))))      # words before token t
@@ -157,6 +173,22 @@ def split_sentences(words, text):
     return sentences + [sentence] if sentence else sentences
 
 
+def look_alike(dice, sentence, facts):
+    """
+    A sentence (list of ids) with something of a fact in it that is none: words here and there, or at its beginning, or
+    in front of it, one of `facts` in which a word or two are not those of any fact.
+    """
+    known = {i for fact in facts for i in fact}
+    strange = [i for i in sentence if i > len(MARKS) and i not in known]
+    *fact, mark = dice.choice(facts)
+    kind = dice.choice(["words", "beginning", "front"])
+    if kind == "words" or not strange:
+        return [dice.choice(fact) if i > len(MARKS) and dice.random() < 0.2 else i for i in sentence]
+    for place in dice.sample(range(len(fact)), dice.choice([1, 2])):
+        fact[place] = dice.choice(strange)
+    return fact + (sentence[len(fact):] if kind == "beginning" else [mark] + sentence)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Composing a sample
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,23 +210,26 @@ def compose(rng, facts, length, background, band=(0.0, 1.0)):
     slots = np.sort(rng.integers(low, max(int(np.ceil(band[1] * n_slots)), low + 1), size=len(facts)))
     pieces, starts, seen, tokens = [], [], 0, 0                             # seen: sentences of earlier runs
 
-    def tell(fact):
+    def add(piece):
         nonlocal tokens
+        pieces.append(np.asarray(piece, dtype=np.int64))
+        tokens += len(piece)
+
+    def tell(fact):
         starts.append(tokens)
-        pieces.append(np.asarray(fact))
-        tokens += len(fact)
+        add(fact)
 
     for first, last, stop in runs:
         at = background.begin[first]
         while len(starts) < len(facts) and slots[len(starts)] < seen + last - first:
             here = background.begin[first + slots[len(starts)] - seen]
             if here > at:
-                pieces.append(background.ids[at:here])
-                tokens += int(here - at)
+                add(background.ids[at:here])
             tell(facts[len(starts)])
             at = here
-        pieces.append(background.ids[at:stop])
-        tokens += int(stop - at)
+        add(background.ids[at:stop])
+        if background.align and tokens % background.align:                  # the last sentence was cut
+            add([0] * (-tokens % background.align))
         seen += last - first
     for fact in facts[len(starts):]:
         tell(fact)
@@ -209,11 +244,11 @@ class InText:
         self.vocab_size = words.size
         self.background = {}                                                # (files, part) -> Background, once needed
 
-    def text(self, files, part):
+    def text(self, files, part, change=list):
         """The Background of these files, made once."""
         key = (tuple(files), part)
         if key not in self.background:
-            self.background[key] = Background(files, part, self.words)
+            self.background[key] = Background(files, part, self.words, change=change)
         return self.background[key]
 
     def part(self, files):
@@ -235,9 +270,9 @@ class BABILong(InText):
     unit = "words"
     n_questions = 6                     # most questions to one story: reading is dear, asking is cheap
 
-    def __init__(self, words, files=(PROSE,), tasks=("qa1",), babi_dir=""):
+    def __init__(self, words, files=(PROSE,), tasks=("qa1",), babi_dir="", decoys=0.0):
         super().__init__(words, files)
-        self.parts, self.babi_dir = tuple(tasks), babi_dir
+        self.parts, self.babi_dir, self.decoys, self.dice = tuple(tasks), babi_dir, decoys, random.Random("decoys")
         self.ids, self.samples = {}, {}                     # what was encoded, and which files were read, once
 
     def encode(self, text):
@@ -245,6 +280,10 @@ class BABILong(InText):
         if text not in self.ids:
             self.ids[text] = self.words.encode(text)
         return self.ids[text]
+
+    def tell(self, facts):
+        """The ids of facts, as they stand in a text."""
+        return [self.words.pad(self.encode(fact)) for fact in facts]
 
     def published(self, part, split, folder):
         """The published samples of a task. Of the training file the last tenth of the stories is `val`."""
@@ -256,12 +295,23 @@ class BABILong(InText):
             self.samples[key] = babi.samples(chosen)
         return self.samples[key]
 
+    def examples(self):
+        """Lines of some hundred stories."""
+        return [line for part in self.parts for story in babi.simulate(random.Random(0), part, 200) for line in story]
+
     def vocabulary(self):
-        """The words that the tasks use, in lower case: those of some hundred stories (qa6 to qa20: of all tasks)."""
+        """The words that the tasks use, in lower case (qa6 to qa20: those of all tasks)."""
         if set(self.parts) - set(babi.TASKS):
             return set(self.words.ids)
-        lines = [line for part in self.parts for story in babi.simulate(random.Random(0), part, 200) for line in story]
-        return {word.lower() for line in lines for word in self.words.split(f"{line.text} {line.answer or ''}")}
+        return {word.lower() for line in self.examples() for word in self.words.split(f"{line.text} {line.answer or ''}")}
+
+    def training_text(self):
+        """The background of training, of which a share, --decoys, looks a little like facts."""
+        if self.decoys and (tuple(self.files), "train") not in self.background:
+            facts = [self.encode(line.text) for line in self.examples() if line.answer is None]
+            return self.text(self.files, "train", lambda sentence: look_alike(self.dice, sentence, facts)
+                             if self.dice.random() < self.decoys else sentence)
+        return self.text(self.files, "train")
 
     def story(self, dice, part, n_facts, earlier):
         """
@@ -281,9 +331,11 @@ class BABILong(InText):
             new = list(itertools.islice(babi.world(dice, part, told), n_facts))
             events = told + new
             found = [ask for about in babi.subjects(part, events) for ask in babi.asks(part, events, about)]
-            if found and part in ("qa2", "qa3"):                        # where a thing is, is where somebody went
-                moves = [event for event in events if event.action == "move"]
-                found += [babi.asks("qa1", moves, who)[0] for who in babi.subjects("qa1", moves)]
+            if found and part in EASIER:                                # the rest of the questions are of what it builds on
+                found = dice.sample(found, min(len(found), self.n_questions - 2))
+                easier = [ask for other in EASIER[part] for about in babi.subjects(other, events)
+                          for ask in babi.asks(other, events, about)]
+                found += dice.sample(easier, min(len(easier), self.n_questions - len(found)))
             if told or found and not babi.is_published([event.text for event in new]):
                 return [e.text for e in new], [(a.question, a.answer) for a in found], list(map(list, events[-300:]))
         raise ValueError(f"stages: {n_facts} facts are too few for a question of {part}")
@@ -307,10 +359,10 @@ class BABILong(InText):
             silent = bool(old) and dice.random() < 0.5
             told = 0 if silent else max(least, n_facts) if part in babi.TASKS else most_facts
             facts, found, new = self.story(dice, part, told, old)
-            facts = [self.encode(fact) for fact in facts]
+            facts = self.tell(facts)
             if most_words:
                 own = sum(map(Words.count, facts)) if length else 0
-                facts = compose(rng, facts, max(length, own), self.text(self.files, "train"))[0]
+                facts = compose(rng, facts, max(length, own), self.training_text())[0]
             rows.append(facts)
             stories.append([part, new])
             found = dice.sample(found, min(len(found), self.n_questions))
@@ -341,7 +393,7 @@ class BABILong(InText):
             answer = self.words.ids.get(sample["target"].strip().lower())
             if answer is None:
                 raise ValueError(f"{file}, sample {i}: '{sample['target'][:40]}' is no answer of bAbI's twenty tasks")
-            context = np.array(self.words.encode(sample["input"]), dtype=np.int64)
+            context = np.array(self.words.pad(self.words.encode(sample["input"])), dtype=np.int64)
             out.append(Question([context], self.words.encode(sample["question"]), answer))
         return out
 
@@ -367,7 +419,7 @@ class BABILong(InText):
             samples = self.published(part, "val", self.babi_dir)[:n]
         out = []
         for i, sample in enumerate(samples):
-            facts = [self.encode(fact) for fact in sample.facts]
+            facts = self.tell(sample.facts)
             if not 0 < length < sum(map(Words.count, facts)):
                 rng, background = generator(0, "test", length, i), self.text(files, self.part(files))
                 context, starts = compose(rng, facts, length, background, band)
