@@ -1594,6 +1594,13 @@ def test_rows_that_go_on_are_asked_about_all_that_they_were_told(task):
     assert 15 < silent < 50 or task == "qa4"                                            # half of those that go on
 
 
+def test_the_facts_of_published_tasks_are_imitated_too(tmp_path):
+    write_published(tmp_path, "qa7", babi.simulate(random.Random(3), "qa2", 20), "train")
+    made = babilong.BABILong(BIG, [book(tmp_path, "a", 600)], ["qa7"], tmp_path, decoys=0.5)
+    known = {i for name in babi.WORDS for i in BIG.encode(name)}
+    assert len(known & set(made.training_text().ids.tolist())) > 10
+
+
 def test_several_tasks_share_a_batch_and_are_asked_apart():
     made = babilong.BABILong(BIG, tasks=["qa1", "qa4", "qa5"])
     parts = [part for step in range(20) for part, _ in made.batch(generator(0, "train", step), 5, (4, 0)).stories]

@@ -60,7 +60,7 @@ class Config(GPTConfig):
     key: str = "first"               # passkey: first, random, decoys or rewritten, see data/passkey.py
     buckets: int = 1024              # qa, passkey: ids shared by all words that are not the task's
     align: int = 0                   # qa: 1 lets every sentence begin a segment, with blanks before it
-    decoys: float = 0.0              # qa1 to qa5: share of background in training that looks like facts
+    decoys: float = 0.0              # qa: share of background in training that looks like facts
     cut: float = 0.0                 # qa: share of batches with background that are cut in two
     carry: float = 0.0               # last stage: with what probability the most patient row reads on
     jitter: float = 0.0              # share of a carried memory that is replaced by noise
@@ -241,8 +241,9 @@ def check_evaluation(config):
 def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
-                  questions=(1, math.inf), buckets=(1, math.inf), align=(0, 1), decoys=(0, 1), cut=(0, 1), carry=(0, 1),
-                  jitter=(0, 1), stretch=(1, math.inf), pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
+                  questions=(1, math.inf), buckets=(1, math.inf), align=(0, 1),
+                  decoys=(0, 1), cut=(0, 1), carry=(0, 1), jitter=(0, 1), stretch=(1, math.inf),
+                  pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
                   dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf))
@@ -266,8 +267,8 @@ def check(config):
         raise ValueError(f"--equal: there is no '{config.equal}'; choose one of {', '.join(MEMORIES)}")
     if config.align and (config.cut or not babi_parts(config.task)):
         raise ValueError("--align: it is for qa1 to qa20, and with --cut 0, for it cuts no fact")
-    if config.decoys and not set(babi_parts(config.task)) & set(babi.TASKS):
-        raise ValueError(f"--decoys: {config.task} has no facts that can be simulated; use --decoys 0")
+    if config.decoys and not babi_parts(config.task):
+        raise ValueError(f"--decoys: {config.task} has no facts, qa1 to qa20 have; use --decoys 0")
     if config.key not in KINDS:
         raise ValueError(f"--key: there is no '{config.key}'; choose one of {', '.join(KINDS)}")
     if config.carry and config.task in ("remember", "text"):
@@ -471,8 +472,8 @@ class Run:
         to `new`, up to --stretch times as far: what one text does to it, many will do again and again.
         """
         c, size = self.config, len(silent)
-        most = c.stretch ** min(1.0, 2 * self.at["stage_step"] / c.last_steps)     # it grows in the first half
-        times = np.where(silent, most ** rng.random(size), 1.0)                    # of all magnitudes alike
+        most = c.stretch ** min(1.0, 2 * self.at["stage_step"] / c.last_steps)   # it grows in the first half
+        times = np.where(silent, most ** rng.random(size), 1.0)                  # of all magnitudes alike
         times = torch.tensor(times, dtype=torch.float32, device=self.device)                      # (B,)
         return state_map(
             lambda a, b: torch.lerp(a, b, times.to(b.dtype).view(-1, *[1] * (b.dim() - 1))), old, new)

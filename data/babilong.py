@@ -47,7 +47,10 @@ class Words:
         return [self.id(word) for word in self.split(text)]
 
     def pad(self, ids, at=0):
-        """With `align`, the ids and blanks behind each sentence up to the next segment; `at` ids stand before them."""
+        """
+        With `align`, the ids and blanks behind each sentence up to the next segment; `at` ids stand before them.
+        differs: the papers cut their text anywhere. Several facts in one segment are what a small model finds hard.
+        """
         if not self.align:
             return ids
         out = []
@@ -295,23 +298,28 @@ class BABILong(InText):
             self.samples[key] = babi.samples(chosen)
         return self.samples[key]
 
-    def examples(self):
-        """Lines of some hundred stories."""
-        return [line for part in self.parts for story in babi.simulate(random.Random(0), part, 200) for line in story]
-
     def vocabulary(self):
-        """The words that the tasks use, in lower case (qa6 to qa20: those of all tasks)."""
+        """The words that the tasks use, in lower case: those of some hundred stories (qa6 to qa20: of all tasks)."""
         if set(self.parts) - set(babi.TASKS):
             return set(self.words.ids)
-        return {word.lower() for line in self.examples() for word in self.words.split(f"{line.text} {line.answer or ''}")}
+        lines = [line for part in self.parts for story in babi.simulate(random.Random(0), part, 200) for line in story]
+        return {word.lower() for line in lines for word in self.words.split(f"{line.text} {line.answer or ''}")}
 
     def training_text(self):
         """The background of training, of which a share, --decoys, looks a little like facts."""
-        if self.decoys and (tuple(self.files), "train") not in self.background:
-            facts = [self.encode(line.text) for line in self.examples() if line.answer is None]
-            return self.text(self.files, "train", lambda sentence: look_alike(self.dice, sentence, facts)
-                             if self.dice.random() < self.decoys else sentence)
-        return self.text(self.files, "train")
+        if not self.decoys or (tuple(self.files), "train") in self.background:
+            return self.text(self.files, "train")
+        facts = []
+        for part in self.parts:
+            if part in babi.TASKS:
+                stories = babi.simulate(random.Random(0), part, 200)
+                facts += [line.text for story in stories for line in story if line.answer is None]
+            else:
+                samples = self.published(part, "train", self.babi_dir)
+                facts += [fact for sample in samples[:1000] for fact in sample.facts]
+        facts = list(map(self.encode, facts))
+        return self.text(self.files, "train", lambda sentence: look_alike(self.dice, sentence, facts)
+                         if self.dice.random() < self.decoys else sentence)
 
     def story(self, dice, part, n_facts, earlier):
         """
