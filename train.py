@@ -265,8 +265,10 @@ def check(config):
                          f"{config.key_size}")
     if config.equal and config.equal not in MEMORIES:
         raise ValueError(f"--equal: there is no '{config.equal}'; choose one of {', '.join(MEMORIES)}")
-    if config.align and (config.cut or not babi_parts(config.task)):
-        raise ValueError("--align: it is for qa1 to qa20, and with --cut 0, for it cuts no fact")
+    if config.align and not babi_parts(config.task):
+        raise ValueError(f"--align: {config.task} has no sentences, qa1 to qa20 have; use --align 0")
+    if config.align and config.cut:
+        raise ValueError("--cut: where sentences begin segments no fact is cut; use --cut 0 or --align 0")
     if config.decoys and not babi_parts(config.task):
         raise ValueError(f"--decoys: {config.task} has no facts, qa1 to qa20 have; use --decoys 0")
     if config.key not in KINDS:
