@@ -1447,7 +1447,7 @@ def test_a_sentence_that_looks_like_a_fact_is_none(library):
     known, kinds = {i for fact in facts for i in fact}, []
     sentence = library.ids[library.begin[0]:library.begin[1]].tolist()
     for _ in range(600):
-        made = babilong.look_alike(dice, sentence, facts)
+        made = babilong.look_alike(dice, sentence, facts, known)
         text = f" {' '.join(map(str, made))} "
         assert not any(f" {' '.join(map(str, fact[:-1]))} " in text for fact in facts)       # not even without its dot
         assert set(made) <= known | set(sentence) and made[-1] == sentence[-1]
@@ -1460,7 +1460,7 @@ def test_a_sentence_that_looks_like_a_fact_is_none(library):
             changed = [n for n, (a, b) in enumerate(zip(made, sentence)) if a != b]
             kinds.append("words" if not changed or max(changed) > 5 else "beginning")
     assert all(kinds.count(kind) > 100 for kind in ("front", "words", "beginning"))
-    assert babilong.look_alike(random.Random(1), [4, 5, 1], facts)[-1] == 1                  # no word that is strange
+    assert babilong.look_alike(random.Random(1), [4, 5, 1], facts, known)[-1] == 1                  # no word that is strange
 
 
 def test_decoys_are_a_share_of_the_training_text_and_of_no_other(tmp_path):

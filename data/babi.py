@@ -365,6 +365,7 @@ def without_model(asked):
 
 
 def main():
+    """Print the table of without_model for qa1 to qa5: `python -m data.babi DIR`."""
     if len(sys.argv) != 2:
         sys.exit("data.babi: name the folder with the published files, as in python -m data.babi data/babi")
     try:

@@ -176,12 +176,11 @@ def split_sentences(words, text):
     return sentences + [sentence] if sentence else sentences
 
 
-def look_alike(dice, sentence, facts):
+def look_alike(dice, sentence, facts, known):
     """
     A sentence (list of ids) with something of a fact in it that is none: words here and there, or at its beginning, or
-    in front of it, one of `facts` in which a word or two are not those of any fact.
+    in front of it, one of `facts` in which a word or two are not those of any fact. `known` are the ids of all facts.
     """
-    known = {i for fact in facts for i in fact}
     strange = [i for i in sentence if i > len(MARKS) and i not in known]
     *fact, mark = dice.choice(facts)
     kind = dice.choice(["words", "beginning", "front"])
@@ -318,7 +317,8 @@ class BABILong(InText):
                 samples = self.published(part, "train", self.babi_dir)
                 facts += [fact for sample in samples[:1000] for fact in sample.facts]
         facts = list(map(self.encode, facts))
-        return self.text(self.files, "train", lambda sentence: look_alike(self.dice, sentence, facts)
+        known = {i for fact in facts for i in fact}
+        return self.text(self.files, "train", lambda sentence: look_alike(self.dice, sentence, facts, known)
                          if self.dice.random() < self.decoys else sentence)
 
     def story(self, dice, part, n_facts, earlier):
