@@ -53,6 +53,7 @@ class GPTConfig:
     n_mem: int | None = None     # M, memory tokens, FAM rows or slots; left out, the memory's default
     d_mem: int | None = None     # armt: width of queries and keys before phi; left out, its default
     nu: int = 3                  # armt: order of the feature map DPFP-nu
+    beta: str = "sigmoid"        # armt: gate of a write: sigmoid, or hardsigmoid, which can shut
     window: int | None = None    # bswa, fam: W, segments in the cache; left out, the memory's default
     mem_layers: int | None = None  # lm2: how many layers, from the first, have a bank; left out, all
     forget_bias: float = 1.0     # lm2: what the forget gate starts from; sigmoid(1) = 0.73 is kept
@@ -337,6 +338,8 @@ class RMT(Layered):
 #           elu       phi(x) = elu(x) + 1          unit      |phi(x)| = 1
 #           no_denom  no z at all: y = q A, vbar = k A; with unit this is the plain delta rule (alone it
 #                     diverges: a key of length r is corrected by r^2 times what is wrong)
+#   beta    hardsigmoid is relu6(x + 3) / 6.  differs: a sigmoid is never 0, and what a million segments
+#           of no importance add to A, little by little, buries what comes after them.
 #   The memory tokens stand last and attention is causal: no text sees them, A is the only way through.
 # --------------------------------------------------------------------------------------------------
 
@@ -357,6 +360,9 @@ class ARMTBlock(Block):
         # From scratch that would only delay the moment at which the memory has something to say.
         self.W_V = nn.Linear(C, C, bias=False)
         self.w_beta = nn.Linear(C, 1)
+        if config.beta not in ("sigmoid", "hardsigmoid"):
+            raise ValueError(f"beta: there is no '{config.beta}'; choose sigmoid or hardsigmoid")
+        self.gate = dict(sigmoid=torch.sigmoid, hardsigmoid=F.hardsigmoid)[config.beta]
 
     def init_state(self, batch_size):
         W = self.W_V.weight
@@ -381,7 +387,7 @@ class ARMTBlock(Block):
 
     def write(self, u, A, z):
         """Memory tokens u (B, M, C), all of which see the same A and z -> new A, z"""
-        k, beta = self.phi(self.W_K(u)), torch.sigmoid(self.w_beta(u))       # (B, M, D) (B, M, 1)
+        k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))           # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                          # (B, M, C)
         # differs: the paper sets vbar = 0 and gamma = 1 in the first segment. A = z = 0 says nearly
         # the same by itself: vbar is exactly 0, gamma is 1 - 1e-5 / (|k|^2 + 1e-5).
@@ -395,7 +401,7 @@ class ARMTBlock(Block):
         if "no_gamma" in self.words:
             gamma = torch.ones_like(gamma)
         A = torch.baddbmm(A, k.mT, beta * (v - vbar))                                # (B, D, C)
-        return A, z + (gamma * k).sum(1)
+        return A, z if "no_denom" in self.words else z + (gamma * k).sum(1)
 
     def forward(self, x, state):
         A, z = state

@@ -359,7 +359,7 @@ def phi(x, words, nu):
     return [n / size for n in f] if "unit" in words else f
 
 
-def armt_by_hand(p, row, words, nu, n_mem, first):
+def armt_by_hand(p, row, words, nu, n_mem, first, gate="sigmoid"):
     """
     The paper, token by token: row (N,) -> logits (N, V). A is a list of D vectors, z a list of D numbers. `first` says
     how the first segment goes: "apart", as in the paper (no read, vbar = 0, gamma = 1), or "alike", from A = z = 0.
@@ -383,7 +383,8 @@ def armt_by_hand(p, row, words, nu, n_mem, first):
             A, z = list(old[0]), list(old[1])
             for u in x[-n_mem:]:                             # all memory tokens of a segment see the old A and z
                 k, v = phi(p[name + ".W_K.weight"] @ u, words, nu), p[name + ".W_V.weight"] @ u
-                beta = 1 / (1 + torch.exp(-(p[name + ".w_beta.weight"][0] @ u + p[name + ".w_beta.bias"][0])))
+                beta = p[name + ".w_beta.weight"][0] @ u + p[name + ".w_beta.bias"][0]
+                beta = 1 / (1 + torch.exp(-beta)) if gate == "sigmoid" else min(max(beta / 6 + 0.5, 0 * beta), 0 * beta + 1)
                 if state[layer] is None:
                     vbar, gamma = 0, 1
                 else:
@@ -414,6 +415,32 @@ def test_armt_is_the_paper_token_by_token(ablate, nu):
         (-by_hand.log_softmax(-1).gather(2, idx[..., None]).mean()).backward()
         for name, w in model.named_parameters():
             assert_close(w.grad, p[name].grad, tolerance)
+
+
+def test_armt_with_a_hard_gate_is_the_paper_but_for_the_gate():
+    model, idx = tiny("armt", "unit+no_denom", beta="hardsigmoid").double(), some_text(10)
+    for block, bias in zip(model.memory.blocks, (1.0, -3.0)):              # gates half open, and some that are shut
+        torch.nn.init.constant_(block.w_beta.bias, bias)
+    logits, loss, _ = model(idx, idx)
+    loss.backward()
+    p = {name: w.detach().clone().requires_grad_() for name, w in model.state_dict().items()}
+    by_hand = torch.stack([armt_by_hand(p, row, ["unit", "no_denom"], 3, 2, "alike", "hardsigmoid") for row in idx])
+    assert_close(logits, by_hand, 1e-9)
+    (-by_hand.log_softmax(-1).gather(2, idx[..., None]).mean()).backward()
+    for name, w in model.named_parameters():
+        assert_close(w.grad, p[name].grad, 1e-8)
+
+
+def test_a_hard_gate_that_is_shut_leaves_every_bit_of_the_memory_and_a_soft_one_does_not():
+    for gate in ("hardsigmoid", "sigmoid"):
+        model = tiny("armt", "unit+no_denom", beta=gate)
+        _, _, told = model(some_text(T))
+        for block in model.memory.blocks:
+            torch.nn.init.zeros_(block.w_beta.weight)
+            torch.nn.init.constant_(block.w_beta.bias, -3.0)
+        _, _, later = model(some_text(20 * T), state=told)
+        same = [torch.equal(a, b) for old, new in zip(told, later) for a, b in zip(old, new)]
+        assert all(same) if gate == "hardsigmoid" else same == [False, True] * L           # z: no_denom has none
 
 
 def turned(x, position):
@@ -1935,7 +1962,7 @@ def test_every_flag_has_both_spellings_and_a_help_line(capsys):
     (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"),
     (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"),
     (["--memory", "full", "--pass_state", "0.5"], "pass_state"), (["--task", "passkey", "--key", "lost"], "--key"),
-    (["--stretch", "0.5"], "stretch"), (["--align", "1"], "align"), (["--task", "qa1", "--cut", "0.5"], "align"),
+    (["--stretch", "0.5"], "stretch"), (["--quiet", "-1"], "quiet"), (["--beta", "soft"], "beta"), (["--align", "1"], "align"), (["--task", "qa1", "--cut", "0.5"], "align"),
     (["--decoys", "0.5"], "decoys"), (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),
 ])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(argv, flag, capsys, tmp_path):
@@ -2028,6 +2055,33 @@ def test_the_texts_that_are_stretched_are_those_that_go_on_and_tell_nothing(tmp_
     assert all((part == 1).all() for part in run.carried[0][0])    # what is carried and asked is what was stretched
 
 
+def test_what_a_silent_text_changes_is_charged_and_nothing_else(tmp_path, monkeypatch):
+    config = train.Config(task="qa1", n_embd=16, n_head=2, batch_size=32, stages="4/16", carry=0.9, quiet=2.0, last_steps=10,
+                          buckets=8, out_dir=str(tmp_path))
+    run, seen = train.Run(config, "cpu"), []
+    monkeypatch.setattr(train, "change", lambda old, new: seen.append((old, new)) or torch.ones(32))
+    rng = lambda: generator(0, "train")
+    assert run.loss(rng(), (4, 16))[2] == 0.0 and not seen         # all rows are new: nothing is silent
+    run.carried[2].fill_(True)
+    before = run.carried
+    loss, _, charge = run.loss(rng(), (4, 16))
+    silent = [a == b for a, b in zip(before[1], run.carried[1])]
+    assert charge.item() == pytest.approx(2.0 * sum(silent) / 32) and 4 < sum(silent) < 28
+    old, new = seen[0]
+    assert any(torch.equal(old[0][0][i], before[0][0][0][i]) for i in range(32) if silent[i])      # it is their own memory
+    assert torch.equal(new[0][0].detach(), run.carried[0][0][0])
+
+
+def test_change_is_the_distance_that_each_tensor_of_a_memory_went_by_its_size():
+    old = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True), (torch.zeros(2, 2, 2),)
+    new = torch.tensor([[3.0, 10.0], [0.0, 2.0]], requires_grad=True), (torch.ones(2, 2, 2),)
+    far = train.change(old, new)
+    assert torch.allclose(far, torch.tensor([6 / (1 + 5) + 2, 2 + 2.0]))
+    far.sum().backward()
+    assert torch.allclose(old[0].grad, -new[0].grad)               # a larger memory is no way to pay less
+    assert train.change(old[0], old[0]).tolist() == [0.0, 0.0]
+
+
 def test_jitter_is_noise_of_a_share_of_the_size_of_each_memory(tmp_path):
     config = train.Config(task="passkey", memory="fam", segment_len=32, stages="1", carry=0.5, batch_size=64, n_embd=64,
                           jitter=0.1, last_steps=4, out_dir=str(tmp_path))
@@ -2077,7 +2131,7 @@ def test_rows_grow_old_on_a_logarithmic_scale(monkeypatch, tmp_path):
 def test_facts_that_stand_apart_are_read_as_segments_of_their_own(tmp_path):
     config = train.Config(task="qa1", stages="3", n_embd=16, n_head=2, batch_size=4, out_dir=str(tmp_path))
     run, stage = train.Run(config, "cpu"), (3,)
-    loss, _ = run.loss(generator(0, "train"), stage)
+    loss, *_ = run.loss(generator(0, "train"), stage)
     context, questions, answers = map(torch.tensor, run.task.batch(generator(0, "train"), 4, stage)[:3])
     state, losses = None, []
     for fact in context.unbind(1):

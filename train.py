@@ -65,6 +65,7 @@ class Config(GPTConfig):
     carry: float = 0.0               # last stage: with what probability the most patient row reads on
     jitter: float = 0.0              # share of a carried memory that is replaced by noise
     stretch: float = 1.0             # --carry: a text that tells nothing new counts up to so many times
+    quiet: float = 0.0               # --carry: weight in the loss of what such a text changes in the memory
     bptt: int = 0                    # segments that the gradient goes back through; 0 means all
     recompute: int = 0               # segments whose activations are computed again; 0 keeps them all
     pass_state: float = 0.0          # last stage: share of batches whose texts start from others' states
@@ -102,8 +103,9 @@ PRESETS = {
         task="passkey", segment_len=32, stages="1,2,4,8,18,18", carry=0.995, jitter=0.3,
         last_steps=1500, eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100", eval_batch=100),
     "qa1": dict(
-        task="qa1", n_layer=3, ablate="unit+no_denom", batch_size=64, segment_len=8, align=1, decoys=0.3,
-        stages="4/0,10/0,10/128,10/256", carry=0.98, stretch=100.0, last_steps=500,
+        task="qa1", n_layer=3, ablate="unit+no_denom", beta="hardsigmoid", batch_size=64, segment_len=8,
+        align=1, decoys=0.3,
+        stages="4/0,10/0,10/128,10/256", carry=0.98, stretch=1000.0, quiet=0.03, last_steps=500,
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "text": dict(
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, lr=2e-3, muon_lr=1e-2,
@@ -243,7 +245,7 @@ def check(config):
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
                   questions=(1, math.inf), buckets=(1, math.inf), align=(0, 1),
                   decoys=(0, 1), cut=(0, 1), carry=(0, 1), jitter=(0, 1), stretch=(1, math.inf),
-                  pass_state=(0, 1), bptt=(0, math.inf), recompute=(0, math.inf),
+                  pass_state=(0, 1), bptt=(0, math.inf), quiet=(0, math.inf), recompute=(0, math.inf),
                   dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
                   weight_decay=(0, math.inf), warmup=(0, math.inf), clip=(0, math.inf))
@@ -398,6 +400,14 @@ def disturb(memory, share):
     return math.sqrt(1 - share ** 2) * memory + share * noise
 
 
+def change(old, new):
+    """How far a memory (B, ...) went, measured by its size: (B,), of all its tensors together."""
+    if not torch.is_tensor(old):
+        return sum(change(a, b) for a, b in zip(old, new))
+    far, size = (torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1) for x in (new - old, old))
+    return far / (1 + size.detach())
+
+
 class Run:
     """One training run. Whatever a step changes is in its checkpoint."""
 
@@ -509,7 +519,9 @@ class Run:
         return state
 
     def loss(self, rng, stage):
-        """The loss and the share of right answers on one batch: read once, ask all that is known."""
+        """
+        Loss, share of right answers, and what --quiet charges, on one batch: read once, ask all that is known.
+        """
         c, earlier = self.config, None
         keeping = self.on_last_stage() and (c.carry or c.pass_state)
         if keeping and c.carry and self.carried:
@@ -521,15 +533,17 @@ class Run:
         if c.task == "text":
             idx, targets = (torch.tensor(part, device=self.device) for part in batch)
             logits, loss, _ = self.model(idx, targets)
-            return loss, (logits.argmax(-1) == targets).float().mean()
+            return loss, (logits.argmax(-1) == targets).float().mean(), 0.0
         start = state = self.first_state(rng, earlier) if keeping else None
         context, questions, answers = (torch.tensor(part, device=self.device) for part in batch[:3])
         *first, last = self.cut(context, stage, rng)
         for piece in first:
             _, _, state = self.model(piece, state=state)
         state = self.read(last, state)
-        if earlier and c.stretch > 1:
+        charge = 0.0
+        if earlier and (c.stretch > 1 or c.quiet):
             silent = [old == new for old, new in zip(earlier, batch.stories)]
+            charge = c.quiet * (change(start, state) * torch.tensor(silent, device=self.device)).mean()
             state = self.stretch(rng, start, state, silent)
         answers = answers.view(*questions.shape[:2], -1)                             # (B, Q, A)
         row, which = (answers[..., 0] >= 0).nonzero(as_tuple=True)
@@ -540,7 +554,7 @@ class Run:
             knew = torch.ones(len(context), dtype=torch.bool, device=self.device)
             knew[row[~right]] = False                     # a row that has forgotten will start anew
             self.carried = state_map(torch.Tensor.detach, state), batch.stories, knew
-        return loss, right.float().sum() / max(1, len(answers))
+        return loss, right.float().sum() / max(1, len(answers)), charge
 
     def step(self):
         """One step of the optimizers, then on through the curriculum."""
@@ -551,10 +565,10 @@ class Run:
         for optimizer, peak in zip(self.optimizers, (c.lr, c.muon_lr)):
             optimizer.param_groups[0]["lr"] = peak * speed
         rng = generator(c.seed, "train", at["stage"], at["step"])
-        loss, accuracy = self.loss(rng, self.stages[at["stage"]])
+        loss, accuracy, charge = self.loss(rng, self.stages[at["stage"]])
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + charge).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         for optimizer in self.optimizers:
             optimizer.step()
