@@ -757,9 +757,37 @@ class GPT(nn.Module):
         text = idx if tail is None else torch.cat((tail, idx), dim=1)
         T = self.config.segment_len
         full = max(text.size(1) - 1, 0) // T * T
-        if full:
+        state = self.init_state(len(text)) if state is None else state
+        if full and len(text) == 1:
+            state = self.read_ahead(text[:, :full], state)
+        elif full:
             _, _, state = self(text[:, :full], state=state)
-        return self.init_state(len(text)) if state is None else state, text[:, full:]
+        return state, text[:, full:]
+
+    def read_ahead(self, text, state, most=256):
+        """
+        The state after whole segments, text (1, S T). Those that leave it as it is, to the last bit, may be
+        read side by side, all from this state; so some are, twice as many each time, until one of them has
+        written. Then reading goes on behind that one. A memory that writes always is read one by one.
+        """
+        segments = text.view(-1, self.config.segment_len)                            # (S, T)
+        at, ahead = 0, 1
+        while at < len(segments):
+            here = segments[at:at + ahead]                                           # (R, T)
+            rows = state_map(lambda s: s.expand(len(here), *s.shape[1:]), state)
+            _, _, after = self(here, state=rows)
+            wrote = torch.zeros(len(here), dtype=torch.bool)
+
+            def compare(old, new):
+                same_size = old.shape == new.shape                                   # a cache may have grown
+                wrote[(old != new).flatten(1).any(1).cpu() if same_size else slice(None)] = True
+            state_map(compare, rows, after)
+            first = wrote.nonzero()[:1, 0].tolist()
+            for row in first:
+                state = state_map(lambda s: s[row:row + 1], after)
+            at += first[0] + 1 if first else len(here)
+            ahead = 1 if first else min(2 * ahead, most)
+        return state
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, state=None, temperature=1.0, top_k=None):

@@ -150,9 +150,10 @@ def show_written(reader, task, width=72, most=5):
         return print("nothing was written: this memory keeps nothing")
     cells = [part.max() for part in np.array_split(changes, min(width, len(changes)))]
     print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * cell / changes.max()))] for cell in cells))
-    print(f"{len(changes):,} segments, from left to right; the height is the change of the memory, at most "
-          f"{changes.max():.3g}. Those that wrote most, of other words only their place (~):")
-    for i in sorted(np.argsort(-changes)[:most]):
+    wrote = (changes > 0).sum()
+    print(f"{len(changes):,} segments, from left to right; {wrote:,} changed the memory, by at most {changes.max():.3g} "
+          f"(the height). Those that wrote most, of other words only their place (~):")
+    for i in sorted(np.argsort(-changes)[:min(most, wrote)]):
         print(f"{i + 1:7,}  {changes[i]:8.3g}  {task.show(reader.written[i][1])[:200]}")
 
 

@@ -706,6 +706,33 @@ def test_text_may_arrive_in_pieces_of_any_size(memory, ablate):
 
 
 @every_variant
+def test_one_row_is_read_ahead_to_the_same_state(memory, ablate):
+    model, idx = tiny(memory, ablate).double(), some_text(20 * T + 1, rows=1)
+    for start in (None, model(idx[:, :T + 3])[2]):
+        assert_close(model.read(idx, start)[0], model(idx[:, :-1], state=start)[2])
+
+
+def test_segments_that_write_nothing_are_read_side_by_side():
+    """The gates are set so that token 0 opens them and no other does: it is at the places that `loud` names."""
+    model, rows = tiny("armt", "unit+no_denom", beta="hardsigmoid").double(), []
+    for block in model.memory.blocks:
+        block.register_forward_pre_hook(lambda block, args: setattr(block, "loud", args[0][:, :1, 0] > 50))
+        block.gate = lambda x, block=block: block.loud[..., None] * torch.ones_like(x)
+    model.wte.weight.data[0, 0] = 100.0                            # large enough to be seen above all layers
+    inner = model.memory.forward
+    model.memory.forward = lambda x, state: (rows.append(len(x)), inner(x, state))[1]
+    for loud, expected in (([], [1, 2, 4, 8, 16, 9]), ([0], [1, 1, 2, 4, 8, 16, 8]), ([5, 6, 39], [1, 2, 4, 1, 1, 2, 4, 8, 16, 2]),
+                           (list(range(40)), [1] * 40)):
+        idx = 1 + some_text(40 * T + 1, rows=1) % (V - 1)
+        idx[0, [T * i for i in loud]] = 0
+        rows.clear()
+        state, _ = model.read(idx)
+        assert rows == expected
+        assert_close(state, model(idx[:, :-1])[2])
+        assert bool(state[0][0].abs().sum() > 0) == bool(loud)
+
+
+@every_variant
 def test_greedy_generation_is_the_model_called_again_and_again(memory, ablate):
     model = tiny(memory, ablate).double()
     for n in (1, T - 1, T, T + 1, 2 * T + 3):
@@ -2070,6 +2097,20 @@ def test_what_a_silent_text_changes_is_charged_and_nothing_else(tmp_path, monkey
     old, new = seen[0]
     assert any(torch.equal(old[0][0][i], before[0][0][0][i]) for i in range(32) if silent[i])      # it is their own memory
     assert torch.equal(new[0][0].detach(), run.carried[0][0][0])
+
+
+@pytest.mark.parametrize("size", [math.inf, math.nan])
+def test_a_batch_that_overflows_leaves_the_weights_as_they_are(tmp_path, monkeypatch, size):
+    run = train.Run(train.Config(n_embd=16, n_head=2, batch_size=4, stages="2", out_dir=str(tmp_path)), "cpu")
+    run.step()
+    before, loss = {name: p.clone() for name, p in run.model.state_dict().items()}, run.loss
+    monkeypatch.setattr(run, "loss", lambda *args: (loss(*args)[0] * size, torch.zeros(()), 0.0))
+    run.step()
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+    monkeypatch.undo()
+    run.step()
+    assert not any(torch.equal(p, before[name]) for name, p in run.model.state_dict().items() if "c_fc" in name)
+    assert all(p.isfinite().all() for p in run.model.parameters())
 
 
 def test_change_is_the_distance_that_each_tensor_of_a_memory_went_by_its_size():

@@ -569,8 +569,8 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         (loss + charge).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        for optimizer in self.optimizers:
+        size = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        for optimizer in self.optimizers if size.isfinite() else ():     # a stretched memory can overflow
             optimizer.step()
 
         at["step"] += 1
