@@ -2221,12 +2221,16 @@ def test_the_floats_carried_are_those_of_a_full_cache():
         assert train.floats_carried(tiny(memory)) == floats
 
 
-def test_the_ablation_of_a_preset_is_for_armt_alone_and_caches_do_not_carry(capsys, tmp_path):
+def test_what_presets_have_for_armt_is_for_armt_alone_and_caches_do_not_carry(capsys, tmp_path):
     for memory, window, ablate, carry in (("armt", None, "unit+no_denom", 0.98), ("rmt", None, "nothing", 0.98),
                                           ("full", None, "nothing", 0), ("bswa", None, "nothing", 0),
                                           ("fam", 1, "nothing", 0), ("fam", 0, "nothing", 0.98)):
-        (config,) = train.grid("qa1", dict(memory=[memory], window=[window]))
+        (config,) = train.grid("qa2", dict(memory=[memory], window=[window]))
         assert (config.ablate, config.carry) == (ablate, carry)
+        if memory != "armt":
+            assert (config.stretch, config.quiet, config.n_mem) == (1.0, 0.0, None)
+        (config,) = train.grid("qa2", dict(memory=[memory], window=[window], n_mem=[5], stretch=[7.0], quiet=[0.5]))
+        assert (config.stretch, config.quiet, config.n_mem) == (7.0, 0.5, 5)
     for argv in (["--memory", "full"], ["--memory", "bswa"], ["--memory", "fam", "--window", "1"]):
         assert "--carry" in fails(capsys, train.main, *FAST, "--task", "rewrite", "--questions", "16", "--carry", "0.5", *argv,
                                   "--out_dir", tmp_path / "run")

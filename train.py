@@ -111,12 +111,13 @@ PRESETS = {
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, lr=2e-3, muon_lr=1e-2,
         last_steps=1000, eval_lengths="64,512,4k", eval_samples="64"),
 }
-for name, sizes in dict(                       # as qa1, but for these
-        qa2=dict(n_mem=8, learned=0.97, stages="4/0,10/0,20/0,20/128,30/256", last_steps=1000),
-        qa3=dict(n_mem=8, learned=0.95, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1000),
+MORE = dict(n_mem=8, stretch=100.0, quiet=0.1)   # eight tokens a segment; stretched further they overflow
+for name, own in dict(                         # as qa1, but for these
+        qa2=dict(MORE, learned=0.97, stages="4/0,10/0,20/0,20/128,30/256", last_steps=1000),
+        qa3=dict(MORE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
         qa4=dict(stages="2/0,2/128,2/256"),
-        qa5=dict(n_mem=8, stages="4/0,10/0,20/0,20/128,20/256")).items():
-    PRESETS[name] = {**PRESETS["qa1"], "task": name, **sizes}
+        qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256")).items():
+    PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
 ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_batch",
@@ -186,8 +187,9 @@ def grid(preset, given):
             raise ValueError(f"--task: there is no '{task}'; choose one of {', '.join(TASKS)}, "
                              f"qa1 ... qa20, or several of these as in qa1+qa2")
         c = Config(**{**PRESETS.get(task, PRESETS["qa1"]), **PRESETS.get(preset, {}), **chosen})
-        if c.memory != "armt" and "ablate" not in chosen:
-            c.ablate = "nothing"                             # a preset's words are those of armt
+        for name in ("ablate", "n_mem", "stretch", "quiet") if c.memory != "armt" else ():
+            if name not in chosen:                           # a preset has them for armt alone
+                setattr(c, name, getattr(Config, name))
         if keeps_cache(c) and "carry" not in chosen:
             c.carry = 0.0                                    # its rows would have caches of unequal length
         parts = [*dict.fromkeys(filter(None, [preset, chosen.get("task")]))] or [task]
