@@ -629,9 +629,18 @@ def state_map(f, *states):
     return tuple(state_map(f, *parts) for parts in zip(*states))
 
 
+def tensors(state):
+    """The tensors of a state, one after another."""
+    if torch.is_tensor(state):
+        yield state
+    else:
+        for part in state:
+            yield from tensors(part)
+
+
 def state_floats(state):
     """How many numbers a state holds, all rows together."""
-    return state.numel() if torch.is_tensor(state) else sum(map(state_floats, state))
+    return sum(t.numel() for t in tensors(state))
 
 
 def check_state(state, empty, room=math.inf):
@@ -776,17 +785,14 @@ class GPT(nn.Module):
             here = segments[at:at + ahead]                                           # (R, T)
             rows = state_map(lambda s: s.expand(len(here), *s.shape[1:]), state)
             _, _, after = self(here, state=rows)
-            wrote = torch.zeros(len(here), dtype=torch.bool)
-
-            def compare(old, new):
-                same_size = old.shape == new.shape                                   # a cache may have grown
-                wrote[(old != new).flatten(1).any(1).cpu() if same_size else slice(None)] = True
-            state_map(compare, rows, after)
-            first = wrote.nonzero()[:1, 0].tolist()
-            for row in first:
-                state = state_map(lambda s: s[row:row + 1], after)
-            at += first[0] + 1 if first else len(here)
-            ahead = 1 if first else min(2 * ahead, most)
+            wrote = torch.zeros(len(here), dtype=torch.bool, device=text.device)     # (R,)
+            for old, new in zip(tensors(rows), tensors(after)):
+                wrote |= (old != new).flatten(1).any(1) if old.shape == new.shape else True   # a cache grows
+            quiet = int((wrote.cumsum(0) == 0).sum())            # so many come before the first that wrote
+            if quiet < len(here):
+                state = state_map(lambda s: s[quiet:quiet + 1].clone(), after)       # not a view of all rows
+            at += min(quiet + 1, len(here))
+            ahead = min(2 * ahead, most) if quiet == len(here) else 1
         return state
 
     @torch.no_grad()

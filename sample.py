@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from armt import check_state, state_floats, state_map
+from armt import check_state, state_floats, tensors
 from data import Question, babilong
 from train import Parser, answer, load, make_task, numbers, pick_device, write_atomically
 
@@ -130,15 +130,10 @@ class Reader:
 
 def change(before, after):
     """How far a memory has moved: the length of the difference of two states. ValueError if they are caches."""
-    squares = []
-
-    def compare(a, b):
-        if a.shape != b.shape:
-            raise ValueError("--written: this memory keeps a cache of all that it reads; every segment writes to it")
-        squares.append((a - b).square().sum().item())
-        return a
-    state_map(compare, after, before)
-    return sum(squares) ** 0.5
+    pairs = list(zip(tensors(before), tensors(after)))
+    if any(a.shape != b.shape for a, b in pairs):
+        raise ValueError("--written: this memory keeps a cache of all that it reads; every segment writes to it")
+    return sum((b - a).square().sum().item() for a, b in pairs) ** 0.5
 
 
 def show_written(reader, task, width=72, most=5):

@@ -37,7 +37,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from armt import MEMORIES, GPT, GPTConfig, state_floats, state_map
+from armt import MEMORIES, GPT, GPTConfig, state_floats, state_map, tensors
 from data import babi, babilong, chunks, fill, generator
 from data.passkey import KINDS, WORDS, PassKey
 from data.recall import Recall, stored_pairs
@@ -404,10 +404,9 @@ def disturb(memory, share):
 
 def change(old, new):
     """How far a memory (B, ...) went, measured by its size: (B,), of all its tensors together."""
-    if not torch.is_tensor(old):
-        return sum(change(a, b) for a, b in zip(old, new))
-    far, size = (torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1) for x in (new - old, old))
-    return far / (1 + size.detach())
+    def size(x):
+        return torch.linalg.vector_norm(x.flatten(1), dim=1)                                                 # (B,)
+    return sum(size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new)))
 
 
 class Run:
