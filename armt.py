@@ -775,22 +775,23 @@ class GPT(nn.Module):
 
     def read_ahead(self, text, state, most=256):
         """
-        The state after whole segments, text (1, S T). Those that leave it as it is, to the last bit, may be
-        read side by side, all from this state; so some are, twice as many each time, until one of them has
-        written. Then reading goes on behind that one. A memory that writes always is read one by one.
+        The state after whole segments, text (1, S T). Segments that leave it as it is, to the last bit, can
+        be read side by side, each from this same state. So some are, twice as many each time, until one
+        has written; then reading goes on behind it. A memory that always writes is read one by one.
         """
         segments = text.view(-1, self.config.segment_len)                            # (S, T)
         at, ahead = 0, 1
         while at < len(segments):
             here = segments[at:at + ahead]                                           # (R, T)
-            rows = state_map(lambda s: s.expand(len(here), *s.shape[1:]), state)
-            _, _, after = self(here, state=rows)
+            before = state_map(lambda s: s.expand(len(here), *s.shape[1:]), state)
+            _, _, after = self(here, state=before)
             wrote = torch.zeros(len(here), dtype=torch.bool, device=text.device)     # (R,)
-            for old, new in zip(tensors(rows), tensors(after)):
-                wrote |= (old != new).flatten(1).any(1) if old.shape == new.shape else True   # a cache grows
-            quiet = int((wrote.cumsum(0) == 0).sum())            # so many come before the first that wrote
+            for old, new in zip(tensors(before), tensors(after)):
+                grown = old.shape != new.shape                                       # as caches do
+                wrote |= True if grown else (old != new).flatten(1).any(1)
+            quiet = int((wrote.cumsum(0) == 0).sum())            # rows in front of the first that wrote
             if quiet < len(here):
-                state = state_map(lambda s: s[quiet:quiet + 1].clone(), after)       # not a view of all rows
+                state = state_map(lambda s: s[quiet:quiet + 1].clone(), after)
             at += min(quiet + 1, len(here))
             ahead = min(2 * ahead, most) if quiet == len(here) else 1
         return state
