@@ -775,7 +775,7 @@ class GPT(nn.Module):
 
     def read_ahead(self, text, state, most=256):
         """
-        The state after whole segments, text (1, S T). Segments that leave it as it is, to the last bit, can
+        The state after whole segments, text (1, S T). Those that leave it as it is, to the last bit, can
         be read side by side, each from this same state. So some are, twice as many each time, until one
         has written; then reading goes on behind it. A memory that always writes is read one by one.
         """
