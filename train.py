@@ -105,13 +105,13 @@ PRESETS = {
     "qa1": dict(
         task="qa1", n_layer=3, ablate="unit+no_denom", beta="hardsigmoid", batch_size=64, segment_len=8,
         align=1, decoys=0.3,
-        stages="4/0,10/0,10/128,10/256", carry=0.98, stretch=1000.0, quiet=0.03, last_steps=500,
+        stages="4/0,10/0,10/128,10/256", carry=0.98, stretch=1000.0, quiet=0.1, last_steps=500,
         eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200"),
     "text": dict(
         task="text", n_layer=3, stages="512", learned=0.0, batch_size=16, lr=2e-3, muon_lr=1e-2,
         last_steps=1000, eval_lengths="64,512,4k", eval_samples="64"),
 }
-MORE = dict(n_mem=8, stretch=100.0, quiet=0.1)   # eight tokens a segment; stretched further they overflow
+MORE = dict(n_mem=8, stretch=100.0)            # eight tokens a segment; stretched further they overflow
 for name, own in dict(                         # as qa1, but for these
         qa2=dict(MORE, learned=0.97, stages="4/0,10/0,20/0,20/128,30/256", last_steps=1000),
         qa3=dict(MORE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
