@@ -67,10 +67,10 @@ class Reader:
         began, T = time.time(), self.model.config.segment_len
         idx = self.tensor(self.words.pad(self.words.encode(text), at=self.tail.size(1)))
         for piece in idx.split(T, dim=1) if self.watch else [idx]:                 # T tokens complete at most a segment
-            before, segment = self.state, torch.cat((self.tail, piece), dim=1)[0, :T].tolist()
+            before, text = self.state, torch.cat((self.tail, piece), dim=1)
             self.state, self.tail = self.model.read(piece, self.state, self.tail)
-            if self.watch and self.state is not before:
-                self.written.append((change(before, self.state), segment))
+            if self.watch and text.size(1) > T:                                            # one was complete
+                self.written.append((change(before, self.state), text[0, :T].tolist()))
         self.words_read += self.words.count(idx.cpu())
         self.seconds += time.time() - began
 
@@ -142,7 +142,7 @@ def show_written(reader, task, width=72, most=5):
         return print("not a segment was completed, so nothing is in memory yet")
     changes = np.array([size for size, _ in reader.written])
     if not changes.any():
-        return print("nothing was written: this memory keeps nothing")
+        return print("nothing was written: no segment changed the memory")
     cells = [part.max() for part in np.array_split(changes, min(width, len(changes)))]
     print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * cell / changes.max()))] for cell in cells))
     wrote = (changes > 0).sum()

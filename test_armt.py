@@ -2618,7 +2618,7 @@ def test_what_was_written_is_shown_segment_by_segment(qa1, capsys):
         old = new
 
 
-@pytest.mark.parametrize("memory, why", [("bswa", "keeps a cache"), ("none", "keeps nothing")])
+@pytest.mark.parametrize("memory, why", [("bswa", "keeps a cache"), ("none", "no segment changed")])
 def test_what_keeps_all_or_nothing_has_no_strip(memory, why, qa1, capsys):
     train.main([*FAST, "--task", "qa1", "--stages", "2", "--memory", memory, "--eval_lengths", "0", "--out_dir",
                 str(qa1 / "b")])
@@ -2669,6 +2669,18 @@ def test_the_shipped_memory_answers_and_is_small(capsys):
     sample.main(["--json", "--facts", "Mary went to the kitchen. John moved to the garden. Mary travelled to the office.",
                  "--ask", "Where is Mary?", "Where is John?"])
     assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == ["office", "garden"]
+
+
+def test_the_shipped_memory_writes_facts_and_no_prose(tmp_path, capsys):
+    book = tmp_path / "book.txt"
+    book.write_text(babilong.prose(30, seed="a book"))
+    sample.main(["--facts", "Mary went to the kitchen. John moved to the garden.", "--read", str(book), "--written"])
+    strip, said, *most = capsys.readouterr().out.strip().splitlines()
+    words = babilong.Words(align=8)
+    segments = len(words.pad(words.encode(book.read_text()))) // 8 + 2
+    assert said.startswith(f"{segments - 1} segments")             # the last one may still go on
+    assert "; 2 changed the memory" in said
+    assert [line.split()[0] for line in most] == ["1", "2"] and "kitchen" in most[0] and "garden" in most[1]
 
 
 def test_the_shipped_memory_cannot_be_trained_further(capsys):
