@@ -360,9 +360,10 @@ class ARMTBlock(Block):
         # From scratch that would only delay the moment at which the memory has something to say.
         self.W_V = nn.Linear(C, C, bias=False)
         self.w_beta = nn.Linear(C, 1)
-        if config.beta not in ("sigmoid", "hardsigmoid"):
-            raise ValueError(f"beta: there is no '{config.beta}'; choose sigmoid or hardsigmoid")
-        self.gate = dict(sigmoid=torch.sigmoid, hardsigmoid=F.hardsigmoid)[config.beta]
+        gates = dict(sigmoid=torch.sigmoid, hardsigmoid=F.hardsigmoid)
+        if config.beta not in gates:
+            raise ValueError(f"beta: there is no '{config.beta}'; choose {' or '.join(gates)}")
+        self.gate = gates[config.beta]
 
     def init_state(self, batch_size):
         W = self.W_V.weight

@@ -570,9 +570,10 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         (loss + charge).backward()
-        size = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        for optimizer in self.optimizers if size.isfinite() else ():     # a stretched memory can overflow
-            optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        if norm.isfinite():                                              # a stretched memory can overflow
+            for optimizer in self.optimizers:
+                optimizer.step()
 
         at["step"] += 1
         at["stage_step"] += 1
