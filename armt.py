@@ -774,7 +774,7 @@ class GPT(nn.Module):
             _, _, state = self(text[:, :full], state=state)
         return state, text[:, full:]
 
-    def read_ahead(self, text, state, most=256):
+    def read_ahead(self, text, state, most=64):
         """
         The state after whole segments, text (1, S T). Those that leave it as it is, to the last bit, can
         be read side by side, each from this same state. So some are, twice as many each time, until one

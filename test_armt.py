@@ -10,6 +10,7 @@ compared in float64.
     pytest -k future            the tests with this word in their name
 """
 import dataclasses
+import functools
 import hashlib
 import http.server
 import inspect
@@ -1664,6 +1665,15 @@ def test_several_tasks_share_a_batch_and_are_asked_apart():
     assert {BIG.name(q.question[0]) for q in one} == {"where"} and {BIG.name(q.question[0]) for q in four} == {"what"}
 
 
+def test_a_task_that_is_named_three_times_has_three_times_the_rows_and_is_evaluated_once():
+    made = babilong.BABILong(BIG, tasks=["qa1", "qa4", "qa4", "qa4"])
+    parts = [part for step in range(20) for part, _ in made.batch(generator(0, "train", step), 20, (4, 0)).stories]
+    assert 0.7 < parts.count("qa4") / len(parts) < 0.8
+    config = train.Config(task="qa1+qa4+qa4+qa4", eval_lengths="0,9")
+    assert [(cell["part"], cell["length"]) for cell in train.cells(made, config, None)] == [
+        ("qa1", 0), ("qa1", 9), ("qa4", 0), ("qa4", 9)]
+
+
 def write_published(folder, task, stories, split="test"):
     """Put stories into a folder under the name that a published file would have."""
     path = folder / f"{task}_some-name_{split}.txt"
@@ -2274,6 +2284,29 @@ def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
     a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (whole, parts))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert rows_of(whole, "train", "eval", "final") == rows_of(parts, "train", "eval", "final")
+
+
+def test_a_compiled_run_learns_what_the_usual_one_learns_and_is_used_without_a_compiler(tmp_path, capsys, monkeypatch):
+    trace = functools.partial(torch.compile, backend="aot_eager")              # all of compiling but the C++ compiler
+    monkeypatch.setattr(torch, "compile", trace)
+    argv = [*FAST, "--n_layer", "1", "--stages", "2", "--learned", "0", "--last_steps", "9", "--eval_lengths", "3"]
+    runs = [tmp_path / "usual", tmp_path / "compiled"]
+    for folder, flag in zip(runs, "01"):
+        train.main([*argv, "--compile", flag, "--out_dir", str(folder)])
+    assert "compiling" in capsys.readouterr().out
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in runs)
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+    train.main([*argv, "--resume", "--compile", "0", "--out_dir", str(runs[1])])
+    assert "finished, skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory, why", [("armt", "no working compiler"), ("full", "keeps a cache")])
+def test_what_cannot_be_compiled_is_said_in_one_line(memory, why, tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no working compiler\nand a long story about it")
+    monkeypatch.setattr(torch, "compile", broken)
+    line = fails(capsys, train.main, *FAST, "--memory", memory, "--compile", "1", "--out_dir", tmp_path / "run")
+    assert "--compile" in line and why in line and not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):

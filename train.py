@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 import types
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class Config(GPTConfig):
     released: list = ()              # qa: files of released BABILong samples, asked instead
     eval_batch: int = 0              # rows read side by side in an evaluation; 0 means batch_size
     device: str = "auto"             # auto takes cuda, then mps, then cpu
+    compile: int = 0                 # 1 compiles the model first: minutes of waiting, then twice as fast
     out_dir: str = ""                # folder of the run, or of a grid; left out, out/TASK-MEMORY-seedN
 
 
@@ -116,12 +118,14 @@ for name, own in dict(                         # as qa1, but for these
         qa2=dict(MORE, learned=0.97, stages="4/0,10/0,20/0,20/128,30/256", last_steps=1000),
         qa3=dict(MORE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
         qa4=dict(stages="2/0,2/128,2/256"),
-        qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256")).items():
+        qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256"),
+        joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", learned=0.93,
+                   stages="10/0,20/0,40/128,40/256", last_steps=1000)).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
 ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_batch",
-         "device", "out_dir"}
+         "device", "compile", "out_dir"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_sam
 
 def babi_parts(task):
     """'qa1+qa2' -> ['qa1', 'qa2'], the tasks of bAbI; [] if it is another task."""
-    parts = task.split("+")
+    parts = task.split("+")                      # of what is named twice there are twice as many rows
     return parts if all(re.fullmatch("qa([1-9]|1[0-9]|20)", part) for part in parts) else []
 
 
@@ -246,7 +250,7 @@ def check(config):
     """ValueError, naming the flag, for what GPT does not check itself."""
     ranges = dict(stage_steps=(1, math.inf), learned=(0, 1), last_steps=(1, math.inf), key_size=(1, 4),
                   questions=(1, math.inf), buckets=(1, math.inf), align=(0, 1),
-                  decoys=(0, 1), cut=(0, 1), carry=(0, 1), jitter=(0, 1), stretch=(1, math.inf),
+                  decoys=(0, 1), cut=(0, 1), compile=(0, 1), carry=(0, 1), jitter=(0, 1), stretch=(1, math.inf),
                   pass_state=(0, 1), bptt=(0, math.inf), quiet=(0, math.inf), recompute=(0, math.inf),
                   dropout=(0, 0.99), batch_size=(1, math.inf), lr=(0, math.inf),
                   muon_lr=(0, math.inf), seed=(0, math.inf),
@@ -312,6 +316,26 @@ def make_task(config):
     if config.task == "text":
         return Text(config.background)
     return Recall(config.key_size, config.questions, rewrite=config.task == "rewrite")
+
+
+def compiled(model, config, device):
+    """
+    Give `model` compiled code for segments of whole batches; whatever has another shape goes through the
+    usual code. ValueError where there is no compiler, or if the state of the memory grows.
+    """
+    if keeps_cache(config):
+        raise ValueError(f"--compile: memory '{config.memory}' keeps a cache, and code is compiled for one "
+                         f"size; use --compile 0")
+    warnings.filterwarnings("ignore", module="torch._dynamo")      # it may trace what is cached
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as e:                                         # of a kind for each thing that is missing
+        raise ValueError(f"--compile: {str(e).strip().splitlines()[0][:120]}; use --compile 0") from None
+    usual = model.memory.forward
+    fast = torch.compile(usual, dynamic=False)
+    whole = {(rows, config.segment_len) for rows in (config.batch_size, config.eval_batch)}
+    model.memory.forward = lambda x, state: (fast if x.shape[:2] in whole else usual)(x, state)
+    print("compiling: the first steps take minutes")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,6 +445,8 @@ class Run:
             config.n_embd = equal_width(config)
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(device)
+        if config.compile:
+            compiled(self.model, config, device)
         if config.init and not checkpoint:
             weights = load(config.init.format(seed=config.seed))[1].state_dict()
             if {k: p.shape for k, p in weights.items()} != {
@@ -754,7 +780,7 @@ WHAT = ("length", "asked", "split", "part", "released", "background", "band", "s
 
 def cells(task, config, files):
     """What there is to evaluate: one dict for each cell of the table."""
-    parts = getattr(task, "parts", [])
+    parts = [*dict.fromkeys(getattr(task, "parts", []))]
     if config.released and not parts:
         raise ValueError(f"--released: these samples are of qa1 to qa20, not of {config.task}")
     if config.released:
@@ -991,6 +1017,8 @@ def evaluate_only(config, given, resume):
     flags = {k: getattr(config, k) for k in ASIDE & given.keys() | {"out_dir"}}
     config = Config(**{**asdict(saved), **flags})
     check_evaluation(config)
+    if config.compile:
+        compiled(model, config, device)
     describe(model, config, device, why)
     at = checkpoint.get("at", dict(step=0, seconds=0.0, learned=True, stage=0))
     rows = evaluate(model, make_task(saved), config, device, at, files, resume)
