@@ -362,7 +362,8 @@ class BABILong(InText):
         rows, stories = [], []
         questions, answers = [], np.full((size, self.n_questions), -1)
         for i in range(size):
-            part, old = earlier[i] if earlier and earlier[i] else (dice.choice(self.parts), [])
+            # a row is always of the same task: a text that failed gives way to one of its own kind, or what is hard dies out
+            part, old = earlier[i] if earlier and earlier[i] else (self.parts[i % len(self.parts)], [])
             least = 3 if part == "qa3" else 1
             silent = bool(old) and dice.random() < 0.5
             told = 0 if silent else max(least, n_facts) if part in babi.TASKS else most_facts
