@@ -42,7 +42,8 @@ class Reader:
     """A model and what it has read: the state after all full segments, and the tail that waits for its segment."""
 
     def __init__(self, model, task, device, watch=False):
-        self.model, self.words, self.known, self.device = model.eval(), task.words, task.vocabulary(), device
+        self.model, self.task, self.words, self.device = model.eval(), task, task.words, device
+        self.known = task.vocabulary()
         self.watch = watch                                 # whether to note what each segment writes
         weights = b"".join(p.detach().cpu().float().numpy().tobytes() for p in model.parameters())
         self.fingerprint = hashlib.sha256(weights).hexdigest()
@@ -100,9 +101,9 @@ class Reader:
     @torch.no_grad()
     def ask(self, question):
         """Probabilities of all words as the answer, (V,). What was read stays as it was."""
-        idx = self.tensor(self.words.encode(question))
-        if idx.size(1) == 0:
+        if not self.words.encode(question):
             raise ValueError("--ask: the question has no words")
+        idx = self.tensor(self.task.ask(question))
         state = self.state
         if self.tail.size(1):
             _, _, state = self.model(self.tail, state=state)                     # the tail as a short segment, for now
@@ -206,7 +207,7 @@ def quiz(reader, task, files, n):
     for i in range(n):
         facts, found, _ = task.story(dice, task.parts[i % len(task.parts)], 3, [])
         question, right = dice.choice(found)
-        questions.append(Question([*task.tell(facts), *text], task.words.encode(question), task.words.id(right)))
+        questions.append(Question([*task.tell(facts), *text], task.ask(question), task.words.id(right)))
     tokens = sum(len(piece) for q in questions for piece in q.context)
     with tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True) as bar:
         said = answer(reader.model, questions, reader.device, bar)

@@ -1662,7 +1662,21 @@ def test_several_tasks_share_a_batch_and_are_asked_apart():
     parts = [part for step in range(20) for part, _ in made.batch(generator(0, "train", step), 5, (4, 0)).stories]
     assert min(map(parts.count, ("qa1", "qa4", "qa5"))) == 20 and made.parts == ("qa1", "qa4", "qa5")
     (one, _), (four, _) = (made.questions(0, 5, part=part) for part in ("qa1", "qa4"))
-    assert {BIG.name(q.question[0]) for q in one} == {"where"} and {BIG.name(q.question[0]) for q in four} == {"what"}
+    first = [{BIG.name(next(i for i in q.question if i)) for q in questions} for questions in (one, four)]
+    assert first == [{"where"}, {"what"}]
+
+
+def test_a_question_is_as_wide_in_an_evaluation_and_in_sample_as_it_was_among_longer_ones_in_training(monkeypatch):
+    words = babilong.Words(babi.WORDS, 8)
+    made, alone = babilong.BABILong(words, tasks=["qa1", "qa3"]), babilong.BABILong(words, tasks=["qa1"])
+    asked = {len(q.question) for part in ("qa1", "qa3") for q in made.questions(0, 20, part=part)[0]}
+    assert asked == {made.batch(generator(0, "train", 0), 8, (9, 0)).questions.shape[-1]} == {8}
+    assert made.ask("Where is Mary?") == [0] * 4 + alone.ask("Where is Mary?")
+    assert alone.ask("Where is Mary?") == words.encode("Where is Mary?") and len(alone.ask("Where was the apple before?")) > 4
+    reader, heard = sample.Reader(tiny("armt", vocab_size=words.size), made, "cpu"), []
+    monkeypatch.setattr(reader.model, "forward", lambda idx, state: heard.append(idx) or (torch.zeros(1, 1, words.size), None, state))
+    reader.ask("Where is Mary?")
+    assert heard[0].tolist() == [made.ask("Where is Mary?")]
 
 
 def test_a_row_keeps_its_task_and_one_that_is_named_three_times_has_three_times_the_rows_but_is_evaluated_once():

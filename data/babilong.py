@@ -276,12 +276,25 @@ class BABILong(InText):
         super().__init__(words, files)
         self.parts, self.babi_dir, self.decoys, self.dice = tuple(tasks), babi_dir, decoys, random.Random("decoys")
         self.ids, self.samples = {}, {}                     # what was encoded, and which files were read, once
+        self.width = None                                   # ids of the longest question, once needed
 
     def encode(self, text):
         """The ids of a sentence; there are only so many different ones."""
         if text not in self.ids:
             self.ids[text] = self.words.encode(text)
         return self.ids[text]
+
+    def ask(self, text):
+        """
+        The ids of a question, with blanks in front as far as the longest one of its tasks needs them (qa1 to qa5). A small
+        model counts the blanks: it has learned short questions among longer ones, and knows them alone by nothing else.
+        """
+        if self.width is None:
+            stories = [babi.simulate(random.Random(0), part, 200) for part in self.parts if part in babi.TASKS]
+            asked = [line.text for story in itertools.chain(*stories) for line in story if line.answer is not None]
+            self.width = max(map(len, map(self.encode, asked)), default=0)
+        ids = self.encode(text)
+        return [0] * (self.width - len(ids)) + ids
 
     def tell(self, facts):
         """The ids of facts, as they stand in a text."""
@@ -375,7 +388,7 @@ class BABILong(InText):
             rows.append(facts)
             stories.append([part, new])
             found = dice.sample(found, min(len(found), self.n_questions))
-            questions += [self.encode(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
+            questions += [self.ask(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
             answers[i, :len(found)] = [self.words.id(answer) for _, answer in found]
         questions = fill(questions).reshape(size, self.n_questions, -1)
         if most_words:
@@ -403,7 +416,7 @@ class BABILong(InText):
             if answer is None:
                 raise ValueError(f"{file}, sample {i}: '{sample['target'][:40]}' is no answer of bAbI's twenty tasks")
             context = np.array(self.words.pad(self.words.encode(sample["input"])), dtype=np.int64)
-            out.append(Question([context], self.words.encode(sample["question"]), answer))
+            out.append(Question([context], self.ask(sample["question"]), answer))
         return out
 
     def typical_length(self, file):
@@ -433,5 +446,5 @@ class BABILong(InText):
                 rng, background = generator(0, "test", length, i), self.text(files, self.part(files))
                 context, starts = compose(rng, facts, length, background, band)
                 depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))
-                out.append(Question(context, self.encode(sample.question), self.words.id(sample.answer), depth))
+                out.append(Question(context, self.ask(sample.question), self.words.id(sample.answer), depth))
         return out, len(samples) - len(out)
