@@ -120,7 +120,7 @@ for name, own in dict(                         # as qa1, but for these
         qa4=dict(stages="2/0,2/128,2/256"),
         qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256"),
         joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", learned=0.96,
-                   stages="10/0,20/0,40/128,40/256", last_steps=700)).items():
+                   stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
