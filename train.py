@@ -119,6 +119,7 @@ for name, own in dict(                         # as qa1, but for these
         qa3=dict(MORE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
         qa4=dict(stages="2/0,2/128,2/256"),
         qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256"),
+        # all five in one model, three rows in seven of qa3; tried with --init of a qa3 run
         joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", learned=0.96,
                    stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}

@@ -375,7 +375,7 @@ class BABILong(InText):
         rows, stories = [], []
         questions, answers = [], np.full((size, self.n_questions), -1)
         for i in range(size):
-            # a row is always of the same task: a text that failed gives way to one of its own kind, or what is hard dies out
+            # A row keeps its task: a text that failed makes way for one of its own kind, or what is hard dies out.
             part, old = earlier[i] if earlier and earlier[i] else (self.parts[i % len(self.parts)], [])
             least = 3 if part == "qa3" else 1
             silent = bool(old) and dice.random() < 0.5
