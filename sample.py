@@ -101,9 +101,9 @@ class Reader:
     @torch.no_grad()
     def ask(self, question):
         """Probabilities of all words as the answer, (V,). What was read stays as it was."""
-        if not self.words.encode(question):
-            raise ValueError("--ask: the question has no words")
         idx = self.tensor(self.task.ask(question))
+        if not idx.any():                                                        # blanks alone, or nothing
+            raise ValueError("--ask: the question has no words")
         state = self.state
         if self.tail.size(1):
             _, _, state = self.model(self.tail, state=state)                     # the tail as a short segment, for now
@@ -205,7 +205,7 @@ def quiz(reader, task, files, n):
     text = [np.array(task.words.pad(task.words.encode(babilong.read_text(file))), dtype=np.int32) for file in files]
     dice, questions = random.Random(f"quiz {n}"), []
     for i in range(n):
-        facts, found, _ = task.story(dice, task.parts[i % len(task.parts)], 3, [])
+        facts, found, _ = task.story(dice, task.rows[i % len(task.rows)], 3, [])
         question, right = dice.choice(found)
         questions.append(Question([*task.tell(facts), *text], task.ask(question), task.words.id(right)))
     tokens = sum(len(piece) for q in questions for piece in q.context)

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,12 @@ class InText:
         return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)
 
 
+@lru_cache
+def example_lines(part):
+    """The lines of some stories of qa1 to qa5: what its texts are made of."""
+    return [line for story in babi.simulate(random.Random(0), part, 200) for line in story]
+
+
 class BABILong(InText):
     """
     The task as train.py and sample.py use it: one or more of bAbI's twenty tasks in background text. A stage is (most
@@ -274,7 +281,8 @@ class BABILong(InText):
 
     def __init__(self, words, files=(PROSE,), tasks=("qa1",), babi_dir="", decoys=0.0):
         super().__init__(words, files)
-        self.parts, self.babi_dir, self.decoys, self.dice = tuple(tasks), babi_dir, decoys, random.Random("decoys")
+        self.rows, self.parts = tuple(tasks), tuple(dict.fromkeys(tasks))   # a task named twice has twice the rows
+        self.babi_dir, self.decoys, self.dice = babi_dir, decoys, random.Random("decoys")
         self.ids, self.samples = {}, {}                     # what was encoded, and which files were read, once
         self.width = None                                   # ids of the longest question, once needed
 
@@ -290,9 +298,8 @@ class BABILong(InText):
         model counts the blanks: it has learned short questions among longer ones, and knows them alone by nothing else.
         """
         if self.width is None:
-            stories = [babi.simulate(random.Random(0), part, 200) for part in self.parts if part in babi.TASKS]
-            asked = [line.text for story in itertools.chain(*stories) for line in story if line.answer is not None]
-            self.width = max(map(len, map(self.encode, asked)), default=0)
+            lines = [line for part in self.parts if part in babi.TASKS for line in example_lines(part)]
+            self.width = max((len(self.encode(line.text)) for line in lines if line.answer is not None), default=0)
         ids = self.encode(text)
         return [0] * (self.width - len(ids)) + ids
 
@@ -314,7 +321,7 @@ class BABILong(InText):
         """The words that the tasks use, in lower case: those of some hundred stories (qa6 to qa20: of all tasks)."""
         if set(self.parts) - set(babi.TASKS):
             return set(self.words.ids)
-        lines = [line for part in self.parts for story in babi.simulate(random.Random(0), part, 200) for line in story]
+        lines = [line for part in self.parts for line in example_lines(part)]
         return {word.lower() for line in lines for word in self.words.split(f"{line.text} {line.answer or ''}")}
 
     def training_text(self):
@@ -322,10 +329,9 @@ class BABILong(InText):
         if not self.decoys or (tuple(self.files), "train") in self.background:
             return self.text(self.files, "train")
         facts = []
-        for part in self.parts:
+        for part in self.rows:
             if part in babi.TASKS:
-                stories = babi.simulate(random.Random(0), part, 200)
-                facts += [line.text for story in stories for line in story if line.answer is None]
+                facts += [line.text for line in example_lines(part) if line.answer is None]
             else:
                 samples = self.published(part, "train", self.babi_dir)
                 facts += [fact for sample in samples[:1000] for fact in sample.facts]
@@ -376,7 +382,7 @@ class BABILong(InText):
         questions, answers = [], np.full((size, self.n_questions), -1)
         for i in range(size):
             # A row keeps its task: a text that failed makes way for one of its own kind, or what is hard dies out.
-            part, old = earlier[i] if earlier and earlier[i] else (self.parts[i % len(self.parts)], [])
+            part, old = earlier[i] if earlier and earlier[i] else (self.rows[i % len(self.rows)], [])
             least = 3 if part == "qa3" else 1
             silent = bool(old) and dice.random() < 0.5
             told = 0 if silent else max(least, n_facts) if part in babi.TASKS else most_facts
