@@ -1690,6 +1690,24 @@ def test_a_row_keeps_its_task_and_one_that_is_named_three_times_has_three_times_
         ("qa1", 0), ("qa1", 9), ("qa4", 0), ("qa4", 9)]
 
 
+def test_a_stage_is_learned_when_the_worst_of_its_tasks_is(tmp_path, monkeypatch):
+    config = train.Config(task="qa1+qa4+qa4", stages="2,2", n_embd=16, n_head=2, batch_size=6, learned=0.5,
+                          out_dir=str(tmp_path))
+    run = train.Run(config, "cpu")
+    rows, right = torch.tensor([0, 0, 1, 2, 3, 5]), torch.tensor([True, False, True, True, False, False])
+    assert run.shares(rows, right) == {"qa1": pytest.approx(1 / 3), "qa4": pytest.approx(2 / 3)}    # rows 0 and 3 are of qa1
+    usual, shares = run.loss, {"qa1": 1.0, "qa4": 0.6}
+    monkeypatch.setattr(run, "loss", lambda *a: (usual(*a)[0], shares, 0.0))
+    for step in range(34):                                      # 0.6 (1 - 0.95^n) passes 0.5 at n = 35, 1 - 0.95^n at 14
+        run.step()
+        assert run.at["stage"] == 0 and run.at["accuracy"] == run.at["parts"]["qa4"] < 0.5
+    run.step()
+    assert run.at["stage"] == 1 and run.at["parts"] == {} and run.at["accuracy"] == 0
+    run.train()
+    lines = rows_of(tmp_path, "train")
+    assert lines and all(row["parts"] == shares and row["accuracy"] == 0.8 for row in lines)
+
+
 def write_published(folder, task, stories, split="test"):
     """Put stories into a folder under the name that a published file would have."""
     path = folder / f"{task}_some-name_{split}.txt"
