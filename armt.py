@@ -30,6 +30,7 @@ A line that starts with `differs:` marks a departure from a paper, with its reas
 `python armt.py` prints what each memory costs on this machine. To read the code, begin at the end,
 with `GPT.forward`, and then pick a memory.
 """
+import hashlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -774,27 +775,44 @@ class GPT(nn.Module):
             _, _, state = self(text[:, :full], state=state)
         return state, text[:, full:]
 
-    def read_ahead(self, text, state, most=64):
+    @torch.no_grad()
+    def read_ahead(self, text, state, most=64, silent=None):
         """
         The state after whole segments, text (1, S T). Those that leave it as it is, to the last bit, can
-        be read side by side, each from this same state. So some are, twice as many each time, until one
-        has written; then reading goes on behind it. A memory that always writes is read one by one.
+        be read side by side, each from this same state, and need not be read again by it. So some are
+        read, twice as many each time, until one has written; then reading goes on behind it. A memory
+        that always writes is read one by one. The dict `silent`, given again with the next text, keeps
+        which segments said nothing to which of the last states.
         """
-        segments = text.view(-1, self.config.segment_len)                            # (S, T)
+        segments, silent = text.view(-1, self.config.segment_len), {} if silent is None else silent
+        names = [segment.tobytes() for segment in segments.cpu().numpy()]
         at, ahead = 0, 1
-        while at < len(segments):
-            here = segments[at:at + ahead]                                           # (R, T)
-            before = state_map(lambda s: s.expand(len(here), *s.shape[1:]), state)
-            _, _, after = self(here, state=before)
-            wrote = torch.zeros(len(here), dtype=torch.bool, device=text.device)     # (R,)
-            for old, new in zip(tensors(before), tensors(after)):
-                grown = old.shape != new.shape                                       # as caches do
-                wrote |= True if grown else (old != new).flatten(1).any(1)
+        while at < len(names):
+            key = hashlib.sha1(b"".join(t.cpu().numpy().tobytes() for t in tensors(state))).digest()
+            known = silent[key] = silent.pop(key, set())         # now the last one to be forgotten
+            if len(silent) > 64:
+                del silent[next(iter(silent))]
+            new = {}                                             # segment -> where it first stands
+            while at < len(names) and len(new) < ahead:
+                if names[at] not in known:
+                    new.setdefault(names[at], at)
+                at += 1
+            if not new:
+                break
+            before = state_map(lambda s: s.expand(len(new), *s.shape[1:]), state)
+            _, _, after = self(segments[[*new.values()]], state=before)
+            wrote = torch.zeros(len(new), dtype=torch.bool, device=text.device)          # (R,)
+            for old, now in zip(tensors(before), tensors(after)):
+                grown = old.shape != now.shape                                           # as caches do
+                wrote |= True if grown else (old != now).flatten(1).any(1)
+            known.update(name for name, loud in zip(new, wrote.tolist()) if not loud)
             quiet = int((wrote.cumsum(0) == 0).sum())            # rows in front of the first that wrote
-            if quiet < len(here):
-                state = state_map(lambda s: s[quiet:quiet + 1].clone(), after)
-            at += min(quiet + 1, len(here))
-            ahead = min(2 * ahead, most) if quiet == len(here) else 1
+            ahead = min(2 * ahead, most) if quiet == len(new) else 1
+            if quiet < len(new):
+                at = [*new.values()][quiet] + 1
+                if len(new) > 1:                  # beside others its last bits may differ: read it alone
+                    _, _, after = self(segments[at - 1:at], state=state)
+                state = after
         return state
 
     @torch.no_grad()

@@ -722,7 +722,7 @@ def test_segments_that_write_nothing_are_read_side_by_side():
     model.wte.weight.data[0, 0] = 100.0                            # large enough to be seen above all layers
     inner = model.memory.forward
     model.memory.forward = lambda x, state: (rows.append(len(x)), inner(x, state))[1]
-    for loud, expected in (([], [1, 2, 4, 8, 16, 9]), ([0], [1, 1, 2, 4, 8, 16, 8]), ([5, 6, 39], [1, 2, 4, 1, 1, 2, 4, 8, 16, 2]),
+    for loud, expected in (([], [1, 2, 4, 8, 16, 9]), ([0], [1, 1, 2, 4, 8, 16, 8]), ([5, 6, 39], [1, 2, 4, 1, 1, 1, 2, 4, 8, 16, 2, 1]),
                            (list(range(40)), [1] * 40)):
         idx = 1 + some_text(40 * T + 1, rows=1) % (V - 1)
         idx[0, [T * i for i in loud]] = 0
@@ -732,6 +732,27 @@ def test_segments_that_write_nothing_are_read_side_by_side():
         assert_close(state, model(idx[:, :-1])[2])
         assert bool(state[0][0].abs().sum() > 0) == bool(loud)
         assert all(t.untyped_storage().nbytes() == t.nbytes for t in armt.tensors(state))      # nothing else is kept alive
+    # What comes again is read again by another memory only: a b c loud a b c loud a b c d a b c d ...
+    idx = (1 + some_text(4 * T, rows=1) % (V - 1)).repeat(1, 10)
+    idx[0, [3 * T, 7 * T]] = 0
+    rows.clear()
+    silent = {}
+    state = model.read_ahead(idx, model.init_state(1), silent=silent)
+    assert rows == [1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 1]               # a, b c, loud d, loud; the same with another memory; a, b c, d
+    assert_close(state, model(idx)[2])
+    rows.clear()
+    assert_close(model.read_ahead(idx, model.init_state(1), silent=silent), state)
+    assert rows == [1, 1]                                          # what writes is always read
+
+
+def test_what_is_remembered_of_silent_segments_does_not_grow_without_end():
+    model, silent = tiny("armt").double(), {}
+    state = model.read_ahead(some_text(80 * T, rows=1), model.init_state(1), silent=silent)         # all of them write
+    assert len(silent) == 64
+    model.read_ahead(some_text(T, rows=1), state, silent=silent)
+    last = [*silent][-1]
+    model.read_ahead(some_text(T, rows=1), model.init_state(1), silent=silent)
+    assert len(silent) == 64 and last in silent
 
 
 @every_variant
@@ -2446,6 +2467,38 @@ def test_an_evaluation_that_was_stopped_goes_on_to_the_same_table(qa1, monkeypat
     n_calls, rows = len(calls), len(train.read_metrics(qa1 / "run"))
     train.main([*argv, "--resume"])                            # all is there
     assert len(train.read_metrics(qa1 / "run")) == rows and len(calls) <= n_calls + 1      # (one to count floats)
+
+
+def test_texts_that_are_read_one_by_one_are_read_ahead_to_the_same_answers(qa1, monkeypatch):
+    config, model, _ = train.load(qa1 / "run")
+    task, bar, memo = train.make_task(config), train.tqdm(disable=True), {}
+    questions = task.questions(3000, 10)[0]
+    read_ahead, ask, memos, states = GPT.read_ahead, train.ask, [], []
+    monkeypatch.setattr(GPT, "read_ahead", lambda self, *args, silent: (
+        memos.append(silent), read_ahead(self, *args, silent=silent))[1])
+    monkeypatch.setattr(train, "ask", lambda model, q, a, state: (states.append(state), ask(model, q, a, state))[1])
+    train.answer(model, questions[:2], "cpu", bar, silent=memo)
+    assert not memos                                           # these two were read side by side
+    for q in questions:
+        train.answer(model, [q], "cpu", bar, silent=memo)
+        assert_close(states[-1], model(torch.tensor(np.concatenate(q.context))[None])[2])
+    assert memo and all(m is memo for m in memos) and len(memos) == 10
+    argv = ["--eval_only", "--eval_lengths", "3k", "--eval_samples", "10", "--eval_batch", "1", "--out_dir"]
+    shutil.copytree(qa1 / "run", qa1 / "whole")
+    train.main([*argv, str(qa1 / "whole")])
+    forward, calls = GPT.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 120:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(GPT, "forward", interrupted)
+    with pytest.raises(SystemExit):
+        train.main([*argv, str(qa1 / "run")])
+    assert len(torch.load(qa1 / "run" / "reading.pt", weights_only=True)["place"][0]) in range(1, 10)
+    train.main([*argv, str(qa1 / "run"), "--resume"])
+    assert rows_of(qa1 / "run", "eval")[-1] == rows_of(qa1 / "whole", "eval")[-1]
 
 
 def test_an_evaluation_goes_on_only_with_what_was_asked_in_the_same_way(qa1, monkeypatch, capsys):

@@ -85,7 +85,7 @@ class Config(GPTConfig):
     eval_samples: str = "2000"       # questions at each length; in a list, the last number repeats
     band: str = "0,1"                # qa: the part of a text in which an evaluation hides the facts
     released: list = ()              # qa: files of released BABILong samples, asked instead
-    eval_batch: int = 0              # rows read side by side in an evaluation; 0 means batch_size
+    eval_batch: int = 0              # texts read side by side; 0 means batch_size, 1 skips what was silent
     device: str = "auto"             # auto takes cuda, then mps, then cpu
     compile: int = 0                 # 1 compiles the model first: minutes of waiting, then twice as fast
     out_dir: str = ""                # folder of the run, or of a grid; left out, out/TASK-MEMORY-seedN
@@ -681,17 +681,25 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def answer(model, questions, device, bar, keep=lambda chunk, state: None, start=0, state=None):
+def answer(model, questions, device, bar, keep=lambda chunk, state: None, start=0, state=None, silent=None):
     """
-    Read the contexts of Questions side by side, ask each its own: the likeliest answers, (B, A). After
-    each chunk keep(chunks read, state) is called; with these two as `start` and `state` it goes on.
+    Read the contexts of Questions side by side, ask each its own: the likeliest answers, (B, A). A single
+    one is read ahead, with `silent` of GPT.read_ahead. After each chunk keep(chunks read, state) is called;
+    with these two as `start` and `state` it goes on.
     """
-    pieces = chunks([q.context for q in questions], 16 * model.config.segment_len)
+    T = model.config.segment_len
+    pieces = chunks([q.context for q in questions], (16 if len(questions) > 1 else 4096) * T)
     for i, chunk in enumerate(pieces, start=1):
-        bar.update(chunk.size)
         if i > start:
-            _, _, state = model(torch.from_numpy(chunk).to(device), state=state)
+            text = torch.from_numpy(chunk).to(device)                                # (B, n)
+            if len(text) == 1:
+                whole = text.size(1) // T * T
+                state = model.read_ahead(text[:, :whole], state or model.init_state(1), silent=silent)
+                text = text[:, whole:]
+            if text.size(1):
+                _, _, state = model(text, state=state)
             keep(i, state)
+        bar.update(chunk.size)
     asked = torch.from_numpy(fill([q.question for q in questions])).to(device)       # (B, n)
     answers = torch.tensor(np.array([q.answer for q in questions]), device=device).view(len(asked), -1)
     return ask(model, asked, answers, state)[0].argmax(-1).tolist()
@@ -739,7 +747,7 @@ def evaluate_questions(model, task, config, cell, device, files):
     size = config.eval_batch or config.batch_size
     mark = Bookmark(config.out_dir, dict(cell, rows=size, files=list(map(str, files or ())),
                                          babi=config.babi_dir))
-    tokens = sum(len(piece) for q in questions for piece in q.context)
+    tokens, silent = sum(len(piece) for q in questions for piece in q.context), {}
     with tqdm(total=tokens, desc=f"{part} {length} {task.unit}".strip(), unit="tok", unit_scale=True,
               leave=False) as bar:
         try:
@@ -750,7 +758,7 @@ def evaluate_questions(model, task, config, cell, device, files):
                     bar.update(sum(len(piece) for q in some for piece in q.context))
                     continue
                 state = None if state is None else state_map(lambda s: s.to(device), state)
-                said = said + answer(model, some, device, bar, start=start, state=state,
+                said = said + answer(model, some, device, bar, start=start, state=state, silent=silent,
                                      keep=lambda *place: mark.keep(said, *place))
                 mark.keep(said, 0, None)
         except KeyboardInterrupt:
