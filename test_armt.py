@@ -2604,7 +2604,7 @@ def test_a_run_can_begin_with_the_weights_of_another(qa1, tmp_path, capsys):
     a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (qa1 / "r0n", tmp_path / "two"))
     assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a)
     assert "--init" in fails(capsys, train.main, *argv, "--n_embd", "32", "--out_dir", tmp_path / "three")
-    assert "nowhere" in fails(capsys, train.main, *argv, "--init", "nowhere", "--out_dir", tmp_path / "three")
+    assert "--init: nowhere" in fails(capsys, train.main, *argv, "--init", "nowhere", "--out_dir", tmp_path / "three")
 
 
 def test_a_checkpoint_opens_with_weights_only(qa1):

@@ -119,9 +119,11 @@ for name, own in dict(                         # as qa1, but for these
         qa3=dict(MORE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
         qa4=dict(stages="2/0,2/128,2/256"),
         qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256"),
-        # all five in one model, three rows in seven of qa3; tried with --init of a qa3 run
-        joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", learned=0.93, quiet=0.3,
-                   stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
+        # all five in one model, three rows in seven of qa3. It begins with a run of
+        #   python train.py --task qa4 --n_mem 8 --stages 2/0,2/0 --last_steps 1
+        # for beside the others north and south of one place are not told apart
+        joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", init="out/qa4-armt-seed{seed}", learned=0.93,
+                   quiet=0.3, stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
@@ -450,7 +452,10 @@ class Run:
         if config.compile:
             compiled(self.model, config, device)
         if config.init and not checkpoint:
-            weights = load(config.init.format(seed=config.seed))[1].state_dict()
+            try:
+                weights = load(config.init.format(seed=config.seed))[1].state_dict()
+            except ValueError as e:
+                raise ValueError(f"--init: {e}") from None
             if {k: p.shape for k, p in weights.items()} != {
                     k: p.shape for k, p in self.model.state_dict().items()}:
                 raise ValueError(f"--init: the model in {config.init} has other sizes")
