@@ -30,7 +30,7 @@ from armt import check_state, state_floats, tensors
 from data import Question, babilong
 from train import Parser, answer, load, make_task, numbers, pick_device, write_atomically
 
-PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "qa1"
+PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "joint-armt-seed0"
 HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
 ask      a sentence with a question mark: Where is Mary?
 read     read FILE

@@ -2544,6 +2544,16 @@ def test_what_an_evaluation_would_stumble_over_is_said_before_training(capsys, t
     assert "--export" in fails(capsys, train.main, "--export", tmp_path / "x", "--seed", "0,1", "--out_dir", qa1)
 
 
+def test_an_exported_run_has_the_same_model_and_names_no_folder(qa1, tmp_path, capsys):
+    path = qa1 / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init": str(tmp_path / "easy-seed{seed}")}))
+    train.main(["--out_dir", str(qa1 / "run"), "--export", str(tmp_path / "small")])
+    text = (tmp_path / "small" / "config.json").read_text()
+    assert str(tmp_path) not in text and "easy-seed{seed}" in text and str(qa1) not in text
+    (_, old, _), (_, new, _) = train.load(qa1 / "run"), train.load(tmp_path / "small")
+    assert all(torch.equal(a.half().float(), b) for a, b in zip(old.parameters(), new.parameters()))
+
+
 def test_a_book_that_training_has_seen_is_known_by_its_name(qa1, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(qa1 / "book.txt", tmp_path / "elsewhere" / "book.txt")
@@ -2781,17 +2791,25 @@ def test_every_kind_of_run_can_be_sampled(tmp_path, capsys):
         assert out.count("->") == 3 if task != "text" else out.startswith("The")
 
 
-SHIPPED = Path(train.__file__).parent / "data" / "pretrained" / "qa1"
+SHIPPED = [Path(train.__file__).parent / "data" / "pretrained" / f"joint-armt-seed{seed}" for seed in range(3)]
 
 
-def test_the_shipped_memory_answers_and_is_small(capsys):
-    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) < 1_000_000
-    sample.main(["--json", "--facts", "Mary went to the kitchen. John moved to the garden. Mary travelled to the office.",
-                 "--ask", "Where is Mary?", "Where is John?"])
-    assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == ["office", "garden"]
+@pytest.mark.parametrize("folder", SHIPPED)
+def test_the_shipped_memories_answer_all_five_kinds_of_question(folder, capsys):
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".jsonl") < 1_000_000
+    for facts, asked in (
+            ("Mary got the milk there. Mary went to the kitchen. John moved to the office. Mary moved to the garden.",
+             {"Where is Mary?": "garden", "Where is John?": "office", "Where is the milk?": "garden",
+              "Where was the milk before the garden?": "kitchen"}),
+            ("The office is north of the kitchen. The garden is south of the kitchen.",
+             {"What is north of the kitchen?": "office", "What is the kitchen north of?": "garden"}),
+            ("Fred picked up the milk there. Jeff went to the office. Fred passed the milk to Bill.",
+             {"Who gave the milk to Bill?": "Fred", "What did Fred give to Bill?": "milk", "Who received the milk?": "Bill"})):
+        sample.main(["--json", "--out_dir", str(folder), "--facts", facts, "--ask", *asked])
+        assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == [*asked.values()]
 
 
-def test_the_shipped_memory_writes_facts_and_no_prose(tmp_path, capsys):
+def test_the_memory_that_is_used_first_writes_facts_and_no_prose(tmp_path, capsys):
     book = tmp_path / "book.txt"
     book.write_text(babilong.prose(30, seed="a book"))
     sample.main(["--facts", "Mary went to the kitchen. John moved to the garden.", "--read", str(book), "--written"])
@@ -2804,7 +2822,7 @@ def test_the_shipped_memory_writes_facts_and_no_prose(tmp_path, capsys):
 
 
 def test_the_shipped_memory_cannot_be_trained_further(capsys):
-    assert "cannot be continued" in fails(capsys, train.main, "--resume", "--out_dir", SHIPPED)
+    assert "cannot be continued" in fails(capsys, train.main, "--resume", "--out_dir", SHIPPED[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

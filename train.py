@@ -1070,7 +1070,7 @@ def finished_runs(folder):
 def export(config, folder):
     """Write config and weights, float16, to `folder`: enough to use the model, not to train it on."""
     saved, model, _ = load(config.out_dir)
-    saved.out_dir, saved.background = "", file_names(saved.background)
+    saved.out_dir, saved.background, saved.init = "", file_names(saved.background), Path(saved.init).name
     save(Path(folder), saved, dict(model={name: p.half() for name, p in model.state_dict().items()}))
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     print(f"{folder}: {size:,} bytes\nnext: python sample.py --out_dir {folder}")

@@ -148,7 +148,7 @@ def main(argv=None):
             print(f"{path}: {title}")
     except (ValueError, OSError) as e:
         sys.exit(f"data.download: {e}")
-    print(f"next: python train.py --task qa1 --eval_only --out_dir data/pretrained/qa1 --babi_dir {out / 'babi'} "
+    print(f"next: python train.py --eval_only --out_dir data/pretrained/joint-armt-seed0 --babi_dir {out / 'babi'} "
           f"--background {out / 'books' / 'adventures_of_sherlock_holmes.txt'} --eval_lengths 0,1k,4k")
 
 
