@@ -782,7 +782,7 @@ class GPT(nn.Module):
         be read side by side, each from this same state, and need not be read again by it. So some are
         read, twice as many each time, until one has written; then reading goes on behind it. A memory
         that always writes is read one by one. The dict `silent`, given again with the next text, keeps
-        which segments said nothing to which of the last states.
+        which segments said nothing to which of the last 64 states.
         """
         segments, silent = text.view(-1, self.config.segment_len), {} if silent is None else silent
         names = [segment.tobytes() for segment in segments.cpu().numpy()]
