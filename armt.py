@@ -668,6 +668,17 @@ def check_state(state, empty, room=math.inf):
             check_state(s, e, room)
 
 
+def known_to(state, silent):
+    """The segments that left `state` as it was: a set to add to, in the dict `silent` if one is given."""
+    if silent is None:
+        return set()
+    key = hashlib.sha1(b"".join(t.cpu().numpy().tobytes() for t in tensors(state))).digest()
+    known = silent[key] = silent.pop(key, set())                 # now the last one to be forgotten
+    if len(silent) > 64:
+        del silent[next(iter(silent))]
+    return known
+
+
 class GPT(nn.Module):
     """
     A GPT with a memory, made from a GPTConfig. What the config leaves open (n_mem, d_mem) takes the
@@ -760,17 +771,18 @@ class GPT(nn.Module):
         return logits, loss, state
 
     @torch.no_grad()
-    def read(self, idx, state=None, tail=None):
+    def read(self, idx, state=None, tail=None, silent=None):
         """
         Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the state
         after all full segments, and the last 1 to T tokens, which wait in case their segment goes on.
+        A single row is read ahead, with `silent`.
         """
         text = idx if tail is None else torch.cat((tail, idx), dim=1)
         T = self.config.segment_len
         full = max(text.size(1) - 1, 0) // T * T
         state = self.init_state(len(text)) if state is None else state
         if full and len(text) == 1:
-            state = self.read_ahead(text[:, :full], state)
+            state = self.read_ahead(text[:, :full], state, silent=silent)
         elif full:
             _, _, state = self(text[:, :full], state=state)
         return state, text[:, full:]
@@ -784,14 +796,10 @@ class GPT(nn.Module):
         that always writes is read one by one. The dict `silent`, given again with the next text, keeps
         which segments said nothing to which of the last 64 states.
         """
-        segments, silent = text.view(-1, self.config.segment_len), {} if silent is None else silent
+        segments = text.view(-1, self.config.segment_len)                            # (S, T)
         names = [segment.tobytes() for segment in segments.cpu().numpy()]
-        at, ahead = 0, 1
+        at, ahead, known = 0, 1, known_to(state, silent)
         while at < len(names):
-            key = hashlib.sha1(b"".join(t.cpu().numpy().tobytes() for t in tensors(state))).digest()
-            known = silent[key] = silent.pop(key, set())         # now the last one to be forgotten
-            if len(silent) > 64:
-                del silent[next(iter(silent))]
             new = {}                                             # segment -> where it first stands
             while at < len(names) and len(new) < ahead:
                 if names[at] not in known:
@@ -812,7 +820,7 @@ class GPT(nn.Module):
                 at = [*new.values()][quiet] + 1
                 if len(new) > 1:                  # beside others its last bits may differ: read it alone
                     _, _, after = self(segments[at - 1:at], state=state)
-                state = after
+                state, known = after, known_to(after, silent)
         return state
 
     @torch.no_grad()

@@ -120,7 +120,7 @@ for name, own in dict(                         # as qa1, but for these
         qa4=dict(stages="2/0,2/128,2/256"),
         qa5=dict(MORE, stages="4/0,10/0,20/0,20/128,20/256"),
         # all five in one model, three rows in seven of qa3. It begins with a run of
-        #   python train.py --task qa4 --n_mem 8 --stages 2/0,2/0 --last_steps 1
+        #   python train.py --task qa4 --n_mem 8 --stages 2/0,2/0 --last_steps 1 --eval_lengths 0
         # for beside the others north and south of one place are not told apart
         joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", init="out/qa4-armt-seed{seed}", learned=0.93,
                    quiet=0.3, stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
@@ -692,17 +692,14 @@ def answer(model, questions, device, bar, keep=lambda chunk, state: None, start=
     one is read ahead, with `silent` of GPT.read_ahead. After each chunk keep(chunks read, state) is called;
     with these two as `start` and `state` it goes on.
     """
-    T = model.config.segment_len
-    pieces = chunks([q.context for q in questions], (16 if len(questions) > 1 else 4096) * T)
+    segments = 16 if len(questions) > 1 else 4096
+    pieces = chunks([q.context for q in questions], segments * model.config.segment_len)
     for i, chunk in enumerate(pieces, start=1):
         if i > start:
             text = torch.from_numpy(chunk).to(device)                                # (B, n)
-            if len(text) == 1:
-                whole = text.size(1) // T * T
-                state = model.read_ahead(text[:, :whole], state or model.init_state(1), silent=silent)
-                text = text[:, whole:]
-            if text.size(1):
-                _, _, state = model(text, state=state)
+            if len(text) == 1:                                   # all but its last segment
+                state, text = model.read(text, state, silent=silent)
+            _, _, state = model(text, state=state)
             keep(i, state)
         bar.update(chunk.size)
     asked = torch.from_numpy(fill([q.question for q in questions])).to(device)       # (B, n)
