@@ -1709,6 +1709,8 @@ def test_a_row_keeps_its_task_and_one_that_is_named_three_times_has_three_times_
     config = train.Config(task="qa1+qa4+qa4+qa4", eval_lengths="0,9")
     assert [(cell["part"], cell["length"]) for cell in train.cells(made, config, None)] == [
         ("qa1", 0), ("qa1", 9), ("qa4", 0), ("qa4", 9)]
+    config.eval_parts = "qa4"
+    assert [(cell["part"], cell["length"]) for cell in train.cells(made, config, None)] == [("qa4", 0), ("qa4", 9)]
 
 
 def test_a_stage_is_learned_when_the_worst_of_its_tasks_is(tmp_path, monkeypatch):
@@ -2053,7 +2055,8 @@ def test_every_flag_has_both_spellings_and_a_help_line(capsys):
     (["--device", "tpu"], "device"), (["--resume"], "resume"), (["--task", "text", "--background", "nowhere.txt"], "nowhere"),
     (["--task", "qa1", "--stages", "2/0/0"], "stages"), (["--batch_size", "0"], "batch_size"),
     (["--pass_state", "1.5", "--task", "rewrite"], "pass_state"),
-    (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"),
+    (["--equal", "elephant"], "equal"), (["--band", "0,0.5"], "band"), (["--eval_parts", "qa1"], "eval_parts"),
+    (["--task", "qa1+qa2", "--eval_parts", "qa1,qa3"], "eval_parts"),
     (["--memory", "full", "--pass_state", "0.5"], "pass_state"), (["--task", "passkey", "--key", "lost"], "--key"),
     (["--stretch", "0.5"], "stretch"), (["--quiet", "-1"], "quiet"), (["--beta", "soft"], "beta"), (["--align", "1"], "align"), (["--task", "qa1", "--cut", "0.5"], "align"),
     (["--decoys", "0.5"], "decoys"), (["--memory", "bswa", "--window", "-1"], "window"), (["--memory", "lm2", "--n_mem", "99"], "n_mem"),

@@ -83,6 +83,7 @@ class Config(GPTConfig):
     babi_dir: str = ""               # qa: folder of published files, whose test questions are asked
     eval_lengths: str = "2,4,8,16"   # where to evaluate, in pairs, words or bytes; 1k and 1M work
     eval_samples: str = "2000"       # questions at each length; in a list, the last number repeats
+    eval_parts: str = ""             # qa: the tasks of qa1+qa2+... to ask, such as qa2,qa1; all if left out
     band: str = "0,1"                # qa: the part of a text in which an evaluation hides the facts
     released: list = ()              # qa: files of released BABILong samples, asked instead
     eval_batch: int = 0              # texts read side by side; 0 means batch_size, 1 skips what was silent
@@ -126,9 +127,9 @@ for name, own in dict(                         # as qa1, but for these
                    quiet=0.3, stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
-LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples"}     # they make no grid
-ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_batch",
-         "device", "compile", "out_dir"}
+LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples", "eval_parts"}  # no grid
+ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_parts",
+         "eval_batch", "device", "compile", "out_dir"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,6 +236,9 @@ def check_evaluation(config):
                          f"number from {0 if parts else 1} on")
     if any(len(count) > 1 or count[0] < 1 for count in counts):
         raise ValueError(f"--eval_samples: '{config.eval_samples}' has a number below 1")
+    for part in config.eval_parts.split(",") if config.eval_parts else ():
+        if part not in parts:
+            raise ValueError(f"--eval_parts: '{part}' is not a part of --task {config.task}")
     if config.eval_batch < 0:
         raise ValueError(f"--eval_batch: {config.eval_batch} is not a number from 0 on")
     if config.task == "remember" and max(lengths)[0] > 16 ** config.key_size:
@@ -804,7 +808,7 @@ WHAT = ("length", "asked", "split", "part", "released", "background", "band", "s
 
 def cells(task, config, files):
     """What there is to evaluate: one dict for each cell of the table."""
-    parts = getattr(task, "parts", [])
+    parts = config.eval_parts.split(",") if config.eval_parts else getattr(task, "parts", [])
     if config.released and not parts:
         raise ValueError(f"--released: these samples are of qa1 to qa20, not of {config.task}")
     if config.released:
