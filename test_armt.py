@@ -2549,12 +2549,12 @@ def test_what_an_evaluation_would_stumble_over_is_said_before_training(capsys, t
 
 def test_an_exported_run_has_the_same_model_and_names_no_folder(qa1, tmp_path, capsys):
     path = qa1 / "run" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "init": str(tmp_path / "easy-seed{seed}")}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init": str(tmp_path / "easy-seed{seed}"), "compile": 1}))
     train.main(["--out_dir", str(qa1 / "run"), "--export", str(tmp_path / "small")])
     text = (tmp_path / "small" / "config.json").read_text()
     assert str(tmp_path) not in text and "easy-seed{seed}" in text and str(qa1) not in text
-    (_, old, _), (_, new, _) = train.load(qa1 / "run"), train.load(tmp_path / "small")
-    assert all(torch.equal(a.half().float(), b) for a, b in zip(old.parameters(), new.parameters()))
+    (_, old, _), (config, new, _) = train.load(qa1 / "run"), train.load(tmp_path / "small")
+    assert config.compile == 0 and all(torch.equal(a.half().float(), b) for a, b in zip(old.parameters(), new.parameters()))
 
 
 def test_a_book_that_training_has_seen_is_known_by_its_name(qa1, tmp_path):

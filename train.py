@@ -1072,6 +1072,7 @@ def export(config, folder):
     """Write config and weights, float16, to `folder`: enough to use the model, not to train it on."""
     saved, model, _ = load(config.out_dir)
     saved.out_dir, saved.background, saved.init = "", file_names(saved.background), Path(saved.init).name
+    saved.compile = 0                                        # who only asks it should not wait for minutes
     save(Path(folder), saved, dict(model={name: p.half() for name, p in model.state_dict().items()}))
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     print(f"{folder}: {size:,} bytes\nnext: python sample.py --out_dir {folder}")
