@@ -2545,6 +2545,8 @@ def test_what_an_evaluation_would_stumble_over_is_said_before_training(capsys, t
     for argv, flag in ((["--eval_batch", "-1"], "eval_batch"), (["--memory", "rmt"], "memory"), (["--key", "random"], "key")):
         assert flag in fails(capsys, train.main, "--eval_only", "--out_dir", qa1 / "run", *argv)
     assert "--export" in fails(capsys, train.main, "--export", tmp_path / "x", "--seed", "0,1", "--out_dir", qa1)
+    line = fails(capsys, train.main, "--eval_only", "--out_dir", qa1)
+    assert "config.json is missing" in line and f"there is one in {qa1 / 'run'}" in line
 
 
 def test_an_exported_run_has_the_same_model_and_names_no_folder(qa1, tmp_path, capsys):

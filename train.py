@@ -377,7 +377,9 @@ def load(folder, device="cpu"):
         model = GPT(config).to(device)
         model.load_state_dict(checkpoint["model"])         # float16 weights become float32 here
     except FileNotFoundError as e:
-        raise ValueError(f"{folder} holds no run: {Path(e.filename).name} is missing") from None
+        inside = min(folder.glob("*/config.json"), default=None)
+        hint = f"; there is one in {inside.parent}" if inside else ""
+        raise ValueError(f"{folder} holds no run: {Path(e.filename).name} is missing{hint}") from None
     except Exception as e:                                 # what a broken file raises can be anything
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
         raise ValueError(f"{folder} does not hold a whole run of this program ({why})") from None
