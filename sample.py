@@ -153,6 +153,16 @@ def show_written(reader, task, width=72, most=5):
         print(f"{i + 1:7,}  {changes[i]:8.3g}  {task.show(reader.written[i][1])[:200]}")
 
 
+def peak_mb():
+    """The most memory this process has held so far, in MB; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024                                # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1_000_000
+
+
 def reply(reader, question, as_json):
     """Ask and print. The seconds are those of reading and answering."""
     began = time.time()
@@ -164,7 +174,7 @@ def reply(reader, question, as_json):
         print(json.dumps(dict(question=question, answer=names[0], alternatives=others,
                               probability=round(probability[0].item(), 4), words_read=reader.words_read,
                               state_floats=state_floats(reader.state),
-                              seconds=round(reader.seconds + time.time() - began, 4))))
+                              seconds=round(reader.seconds + time.time() - began, 4), peak_mb=peak_mb())))
     else:
         print(f"{question}  {names[0]}  ({probability[0].item():.1%}; "
               f"{', '.join(f'{name} {p:.1%}' for name, p in others.items())})")
