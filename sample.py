@@ -154,7 +154,7 @@ def show_written(reader, task, width=72, most=5):
 
 
 def peak_mb():
-    """The most memory this process has held so far, in MB; None on Windows, which does not tell."""
+    """The most memory this process (on Linux also what started it) has held, in MB; None on Windows."""
     try:
         import resource
     except ImportError:
