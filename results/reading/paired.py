@@ -6,7 +6,6 @@ reads the same 10,000 of them right before or after it, so that a busy machine s
 """
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -25,9 +24,9 @@ long.tell(fact)
 
 
 def seconds(reader, text):
-    began = time.perf_counter()
+    before = reader.seconds
     reader.tell(text)
-    return round(time.perf_counter() - began, 4)
+    return round(reader.seconds - before, 4)
 
 
 for number, at in enumerate(range(0, 10_000_000, 10_000)):
