@@ -127,6 +127,8 @@ for name, own in dict(                         # as qa1, but for these
         joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", init="out/qa4-armt-seed{seed}", learned=0.93,
                    quiet=0.3, stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
+for name in (f"qa{n}" for n in range(6, 21)):  # from published files; the shortest story of qa16 has 9 facts
+    PRESETS[name] = {**PRESETS["qa1"], **MORE, "task": name, "stages": "20/0,20/128,20/256"}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples", "eval_parts"}  # no grid
 ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_parts",
@@ -933,8 +935,8 @@ def table_of_task(task, kinds):
 
 def table_by_depth(task, kind, runs):
     """
-    Print the accuracy by where the oldest fact stands that a question needs, of all seeds together. For
-    bAbI also how long the text is for GPT-2, about, since published lengths are counted so.
+    Print the accuracy by where the oldest fact stands that a question needs, of all seeds together, with
+    its 95% interval. For bAbI also how long the text is for GPT-2, about: published lengths are counted so.
     """
     depths = {}                                                  # length -> questions and right ones
     for cells in runs:
@@ -943,13 +945,20 @@ def table_by_depth(task, kind, runs):
                 depths[length] = depths.get(length, 0) + np.array(row["depths"])
     per_word = babilong.GPT2_TOKENS if babi_parts(task) else None
     if depths:
-        fifths = "  ".join(f"{f'{start}-{start + 20}%':>11}" for start in range(0, 100, 20))
+        fifths = "  ".join(f"{f'{start}-{start + 20}%':>16}" for start in range(0, 100, 20))
         names = f"{'words':>11}  {'GPT-2 tokens':>12}" if per_word else f"{'segments':>11}"
-        print(f"\n{kind}: right of questions, by the place of the oldest fact they need\n{names}  {fifths}")
+        print(f"\n{kind}: right of questions, and the 95% interval, by the place of the oldest fact they need\n"
+              f"{names}  {fifths}")
+
+    def share(n, right):
+        if not n:
+            return "-"
+        low, high = interval(right, n)
+        return f"{right}/{n} {100 * low:.0f}-{100 * high:.0f}"
     for length in sorted(depths):
         tokens = f"  {round(length * per_word) or 'the facts':>12}" if per_word else ""
         print(f"{length:11,}{tokens}  "
-              + "  ".join(f"{f'{right}/{n}':>11}" for n, right in depths[length].tolist()))
+              + "  ".join(f"{share(*fifth):>16}" for fifth in depths[length].tolist()))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -112,16 +112,29 @@ def write_stories(stories):
 
 def samples(stories):
     """One Sample per question: it sees all earlier facts of its story and none of the earlier questions."""
-    out = []
-    for story in stories:
-        facts, index = [], {}                                           # index[n] is the fact on line n
-        for n, line in enumerate(story, start=1):
-            if line.answer is None:
-                index[n] = len(facts)
-                facts.append(line.text)
-            else:
-                support = tuple(index[s] for s in line.support)
-                out.append(Sample(list(facts), line.text.strip(), line.answer, support))
+    return [sample for story in stories for sample in story_samples(story)]
+
+
+def spread(stories):
+    """
+    The samples of the stories, every story once before any is asked again, and not each its first question first: the
+    first n are of n stories, early and late questions alike. (BABILong's files have five questions a story in a row.)
+    """
+    each = list(map(story_samples, stories))
+    rounds = max(map(len, each), default=0)
+    return [own[(i + r) % len(own)] for r in range(rounds) for i, own in enumerate(each) if r < len(own)]
+
+
+def story_samples(story):
+    """The samples of one story, in its order."""
+    out, facts, index = [], [], {}                                      # index[n] is the fact on line n
+    for n, line in enumerate(story, start=1):
+        if line.answer is None:
+            index[n] = len(facts)
+            facts.append(line.text)
+        else:
+            support = tuple(index[s] for s in line.support)
+            out.append(Sample(list(facts), line.text.strip(), line.answer, support))
     return out
 
 

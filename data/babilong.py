@@ -308,13 +308,13 @@ class BABILong(InText):
         return [self.words.pad(self.encode(fact)) for fact in facts]
 
     def published(self, part, split, folder):
-        """The published samples of a task. Of the training file the last tenth of the stories is `val`."""
+        """The published samples of a task, spread if `test`. Of the training file the last tenth of the stories is `val`."""
         key = part, split, str(folder)
         if key not in self.samples:
             stories = babi.read_stories(babi.find_file(folder, part, "test" if split == "test" else "train"))
             cut = len(stories) * 9 // 10
             chosen = dict(train=stories[:cut], val=stories[cut:], test=stories)[split]
-            self.samples[key] = babi.samples(chosen)
+            self.samples[key] = babi.spread(chosen) if split == "test" else babi.samples(chosen)
         return self.samples[key]
 
     def vocabulary(self):
@@ -363,8 +363,10 @@ class BABILong(InText):
                 easier = [ask for other in EASIER[part] for about in babi.subjects(other, events)
                           for ask in babi.asks(other, events, about)]
                 found += dice.sample(easier, min(len(easier), self.n_questions - len(found)))
-            if told or found and not babi.is_published([event.text for event in new]):
-                return [e.text for e in new], [(a.question, a.answer) for a in found], list(map(list, events[-300:]))
+            texts = [event.text for event in events]
+            published = babi.is_published(texts) or babi.is_published(texts[len(told):])
+            if (told or found) and not published:
+                return texts[len(told):], [(a.question, a.answer) for a in found], list(map(list, events[-300:]))
         raise ValueError(f"stages: {n_facts} facts are too few for a question of {part}")
 
     def batch(self, rng, size, stage, earlier=None):
@@ -435,7 +437,8 @@ class BABILong(InText):
         Up to n questions of one part in `length` words, and how many stories were left out because they are longer
         than that. With `babi_dir` the published test questions, else simulated ones (qa6 to qa20: of the last tenth of
         the training file); in the passages held back from training, or in `files`, whole, where these are other files. `band`
-        confines the facts to a part of the text. The same questions and places for every model.
+        confines the facts to a part of the text. The same questions and places for every model; the first n published
+        ones are of n stories.
         """
         files, part = files or self.files, part or self.parts[0]
         if babi_dir:

@@ -1,11 +1,12 @@
 """
-Fetch the published bAbI files and four public-domain books: 12 MB and 3 MB, once.
+Fetch the published bAbI files, four public-domain books and the four texts in English of the Canterbury corpus (parts of
+Alice in Wonderland, As You Like It, Paradise Lost, and the report of a workshop): 12, 3 and 1 MB, once.
 
-    python -m data.download                      into data/babi and data/books
-    python -m data.download --out_dir DIR        into DIR/babi and DIR/books
+    python -m data.download                      into data/babi, data/books and data/canterbury
+    python -m data.download --out_dir DIR        into DIR/babi, DIR/books and DIR/canterbury
 
 A download that breaks off is kept as FILE.part, and the same command goes on with it. Nothing else is written before it
-was checked: each bAbI file by its SHA-256 (data/babi.sha256), each book by its title and its size.
+was checked: what comes in an archive by its SHA-256 (data/*.sha256), each book by its title and its size.
 
 The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training on qa1 to
 qa5 needs none of these files: their stories are simulated.
@@ -24,8 +25,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-ARCHIVES = ["https://s3.amazonaws.com/text-datasets/babi_tasks_1-20_v1-2.tar.gz",
-            "https://www.thespermwhale.com/jaseweston/babi/tasks_1-20_v1-2.tar.gz"]
+ARCHIVES = {      # folder: what it is, where to get it
+    "babi": ("bAbI v1.2, 39 of the 40 files of en-10k", [
+        "https://s3.amazonaws.com/text-datasets/babi_tasks_1-20_v1-2.tar.gz",
+        "https://www.thespermwhale.com/jaseweston/babi/tasks_1-20_v1-2.tar.gz"]),
+    "canterbury": ("four texts of the Canterbury corpus", [
+        "https://corpus.canterbury.ac.nz/resources/cantrbry.tar.gz"])}
 BOOKS = "https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
 CHOSEN = {       # file: number at Project Gutenberg, title, bytes of our copy without the frame of the publisher
     "moby_dick.txt": (2701, "Moby Dick", 1_215_120),
@@ -67,18 +72,22 @@ def fetch(url, path):
     os.replace(part, path)
 
 
-def unpack_babi(archive, folder):
+def hashes(name):
+    """{file: SHA-256} of what an archive has to hold."""
+    return dict(line.split()[::-1] for line in (HERE / f"{name}.sha256").read_text().splitlines())
+
+
+def unpack(archive, wanted, folder):
     """
-    The files named in babi.sha256 from the archive to `folder`, checked, all or none. ValueError names the file that is
-    missing or not the published one.
+    The `wanted` files, {file: SHA-256}, from the archive to `folder`, checked, all or none. ValueError names the file
+    that is missing or not the published one.
     """
-    wanted = dict(line.split()[::-1] for line in (HERE / "babi.sha256").read_text().splitlines())
     found = {}
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                name = "/".join(Path(member.name).parts[-2:])
-                if member.isfile() and name in wanted:
+                parts = Path(member.name).parts
+                for name in {"/".join(parts[-2:]), parts[-1]} & wanted.keys() if member.isfile() else ():
                     found[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
         raise ValueError(f"{archive}: not a whole archive ({e}); the same command fetches it again") from None
@@ -86,7 +95,7 @@ def unpack_babi(archive, folder):
         if name not in found:
             raise ValueError(f"{archive}: {name} is missing in it")
         if hashlib.sha256(found[name]).hexdigest() != digest:
-            raise ValueError(f"{archive}: {name} is not the published file of version 1.2 (its SHA-256 differs)")
+            raise ValueError(f"{archive}: {name} is not the published file (its SHA-256 differs)")
     for name, content in found.items():
         write(folder / name, content)
 
@@ -123,21 +132,21 @@ def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=HERE, help="where to put the folders babi and books (data)")
+    parser.add_argument("--out_dir", type=Path, default=HERE, help="where to put babi, books and canterbury (data)")
     out = parser.parse_args(argv).out_dir
     try:
-        if not (out / "babi" / "en-10k").exists():
-            archive = out / "babi.tar.gz"
-            if not archive.exists():
-                first_that_works(ARCHIVES, archive)
-            try:
-                unpack_babi(archive, out / "babi.tmp")
-            except ValueError:
-                archive.unlink()                                        # so that the next try fetches it again
-                raise
-            os.replace(out / "babi.tmp", out / "babi")
-            archive.unlink()
-        print(f"{out / 'babi'}: bAbI v1.2, 39 of the 40 files of en-10k")
+        for name, (what, urls) in ARCHIVES.items():
+            wanted, archive = hashes(name), out / f"{name}.tar.gz"
+            if not all((out / name / file).exists() for file in wanted):
+                if not archive.exists():
+                    first_that_works(urls, archive)
+                try:
+                    unpack(archive, wanted, out / name)
+                except ValueError:
+                    archive.unlink()                                    # so that the next try fetches it again
+                    raise
+                archive.unlink()
+            print(f"{out / name}: {what}")
         for name, (number, title, size) in CHOSEN.items():
             path, raw = out / "books" / name, out / "books" / f"{name}.raw"
             if not path.exists():
