@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -1269,6 +1270,14 @@ def published_files():
     return Path(folder) if Path(folder).is_dir() else None
 
 
+@pytest.fixture
+def folder():
+    """Of the published bAbI files."""
+    if published_files() is None:
+        pytest.skip("no published bAbI files: put them into data/babi, or name their folder in BABI_DIR")
+    return published_files()
+
+
 def unasked(task, stories, window):
     """(questions that the rule would not ask, share of pair ends with something to ask that were not asked)"""
     wrong, passed, asked = 0, 0, 0
@@ -1288,11 +1297,8 @@ def unasked(task, stories, window):
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
-def test_the_question_rule_explains_the_published_files(task):
+def test_the_question_rule_explains_the_published_files(task, folder):
     """Every published question is askable, and where something could be asked, it was."""
-    folder = published_files()
-    if folder is None:
-        pytest.skip("no published bAbI files: put them into data/babi, or name their folder in BABI_DIR")
     files = [babi.find_file(folder, task), *sorted(folder.rglob(f"{task}_*_train.txt"))[-1:]]           # of en-10k, or of en
     stories = [story for file in files for story in babi.read_stories(file)]
     wrong, passed = unasked(task, stories, window=5)
@@ -1341,10 +1347,7 @@ def test_the_first_published_questions_are_of_as_many_stories():
     assert babi.spread([]) == [] and babi.spread([stories[0], stories[1][:3]])[-1].facts == in_order[4].facts
 
 
-def test_published_stories_are_known_by_their_facts():
-    folder = published_files()
-    if folder is None:
-        pytest.skip("no published bAbI files: put them into data/babi, or name their folder in BABI_DIR")
+def test_published_stories_are_known_by_their_facts(folder):
     for task in babi.TASKS:
         samples = babi.samples(babi.read_stories(babi.find_file(folder, task)))
         assert all(babi.is_published(sample.facts) for sample in samples)
@@ -1817,6 +1820,17 @@ def test_other_tasks_are_learned_from_the_published_files(tmp_path):
         task.batch(generator(0, "train"), 1, (1, 0))
     for step in range(20):                                     # stories have the length they have: a stage only sets a limit
         assert (task.batch(generator(0, "train", step), 2, (9, 0)).answers[:, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("task", [f"qa{n}" for n in range(6, 21)])
+def test_the_presets_of_the_other_tasks_fit_the_published_stories(task, folder, tmp_path):
+    """The shortest story of qa16 has nine facts."""
+    (config,) = train.grid(None, dict(task=[task], babi_dir=[str(folder)], out_dir=[str(tmp_path)], batch_size=[4]))
+    made = train.make_task(config)
+    for stage in train.numbers("stages", config.stages):
+        assert (made.batch(generator(0, "train"), 4, stage).answers[:, 0] >= 0).all()
+    questions, left_out = made.questions(100, 10, babi_dir=folder)
+    assert len(questions) + left_out == 10 and len(questions) > 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2460,7 +2474,8 @@ def test_the_table_by_depth_tells_how_long_a_text_is_for_gpt2(capsys):
         train.table_by_depth(task, "a run", [{1_000_000: row}, {1_000_000: row}])
         shown = capsys.readouterr().out.splitlines()
         assert head in shown[2] and shown[3].split()[0] == "1,000,000" and line in shown[3]
-        assert shown[3].split()[-5:] == ["2/4", "0/0", "2/2", "0/0", "6/6"] and len(shown[3].split()) == 6 + (task == "qa2")
+        assert shown[3].split()[-8:] == ["2/4", "15-85", "-", "2/2", "34-100", "-", "6/6", "61-100"]
+        assert len(shown[3].split()) == 9 + (task == "qa2")
     train.table_by_depth("qa1", "a run", [{0: row}])
     assert "the facts" in capsys.readouterr().out
 
@@ -2893,6 +2908,16 @@ def test_every_readme_command_parses():
                     train.check(config)
         else:
             sample.make_parser().parse_args(argv)
+
+
+def test_the_tables_of_the_five_tasks_are_made_of_the_results(capsys):
+    top = Path(train.__file__).parent
+    table = runpy.run_path(str(top / "results" / "babilong" / "table.py"))
+    table["main"]()
+    tables = capsys.readouterr().out.strip("\n").split("\n\n")
+    assert len(tables) == 4
+    for block in tables:
+        assert block in (top / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_memory_in_the_readme_trains_streams_and_is_causal(tmp_path):

@@ -866,6 +866,12 @@ def interval(right, n):
     return middle - spread / (1 + z * z / n), middle + spread / (1 + z * z / n)
 
 
+def right_of(right, n):
+    """'171/174 95-99': how many are right of how many, and the 95% interval in per cent."""
+    low, high = interval(right, n) if n else (0, 0)
+    return f"{right}/{n} {100 * low:.0f}-{100 * high:.0f}" if n else "-"
+
+
 def final_rows(rows):
     """The eval rows of a run that tell what it can do: those on test questions, if there are any."""
     rows = [row for row in rows if row["kind"] == "eval"]
@@ -949,16 +955,10 @@ def table_by_depth(task, kind, runs):
         names = f"{'words':>11}  {'GPT-2 tokens':>12}" if per_word else f"{'segments':>11}"
         print(f"\n{kind}: right of questions, and the 95% interval, by the place of the oldest fact they need\n"
               f"{names}  {fifths}")
-
-    def share(n, right):
-        if not n:
-            return "-"
-        low, high = interval(right, n)
-        return f"{right}/{n} {100 * low:.0f}-{100 * high:.0f}"
     for length in sorted(depths):
         tokens = f"  {round(length * per_word) or 'the facts':>12}" if per_word else ""
         print(f"{length:11,}{tokens}  "
-              + "  ".join(f"{share(*fifth):>16}" for fifth in depths[length].tolist()))
+              + "  ".join(f"{right_of(right, n):>16}" for n, right in depths[length].tolist()))
 
 
 # --------------------------------------------------------------------------------------------------
