@@ -758,15 +758,16 @@ def evaluate_questions(model, task, config, cell, device, files):
     size = config.eval_batch or config.batch_size
     mark = Bookmark(config.out_dir, dict(cell, rows=size, files=list(map(str, files or ())),
                                          babi=config.babi_dir))
-    tokens, silent = sum(len(piece) for q in questions for piece in q.context), {}
-    with tqdm(total=tokens, desc=f"{part} {length} {task.unit}".strip(), unit="tok", unit_scale=True,
+    batches = [questions[i:i + size] for i in range(0, len(questions), size)]
+    tokens = [[sum(map(len, q.context)) for q in some] for some in batches]
+    read, silent = [len(some) * max(some) for some in tokens], {}        # short ones are filled in front
+    with tqdm(total=sum(read), desc=f"{part} {length} {task.unit}".strip(), unit="tok", unit_scale=True,
               leave=False) as bar:
         try:
-            for begin in range(0, len(questions), size):
+            for i, some in enumerate(batches):
                 said, start, state = mark.place
-                some = questions[begin:begin + size]
-                if len(said) > begin:
-                    bar.update(sum(len(piece) for q in some for piece in q.context))
+                if len(said) > i * size:
+                    bar.update(read[i])
                     continue
                 state = None if state is None else state_map(lambda s: s.to(device), state)
                 said = said + answer(model, some, device, bar, start=start, state=state, silent=silent,
@@ -784,7 +785,7 @@ def evaluate_questions(model, task, config, cell, device, files):
         print(f"{length} {task.unit}: ...{shown} -> {task.show(said[-1])} "
               f"(right: {task.show(np.atleast_1d(q.answer))})")
     accuracy = sum(right) / max(1, len(questions))
-    row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=tokens,
+    row = dict(accuracy=round(accuracy, 5), n=len(questions), left_out=left_out, tokens=sum(map(sum, tokens)),
                read_seconds=round(mark.spent(), 2))
     if config.task == "remember":
         row["stored"] = round(stored_pairs(length, accuracy), 2)
