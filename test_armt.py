@@ -1989,7 +1989,8 @@ def shelf(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shelf)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
-    Shelf.files = {**{f"/{name}.tar.gz": archive.getvalue() for name, archive in archives.items()}, **{f"/{n}.txt": text for n, _, _, text in books.values()}}
+    Shelf.files = {**{f"/{name}.tar.gz": archive.getvalue() for name, archive in archives.items()},
+                   **{f"/{n}.txt": text for n, _, _, text in books.values()}}
     Shelf.ranges, Shelf.limit, Shelf.chunked, Shelf.asked = True, None, False, []
     monkeypatch.setattr(download, "HERE", tmp_path / "code")
     monkeypatch.setattr(download, "ARCHIVES", {name: (name, [f"{base}/nowhere.tar.gz", f"{base}/{name}.tar.gz"])

@@ -125,10 +125,10 @@ for name, own in dict(                         # as qa1, but for these
         #   python train.py --task qa4 --n_mem 8 --stages 2/0,2/0 --last_steps 1 --eval_lengths 0
         # for beside the others north and south of one place are not told apart
         joint=dict(MORE, task="qa1+qa2+qa3+qa3+qa3+qa4+qa5", init="out/qa4-armt-seed{seed}", learned=0.93,
-                   quiet=0.3, stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000)).items():
+                   quiet=0.3, stages="6/0,10/0,20/0,40/128,40/256", last_steps=1000),
+        # the shortest published story of qa16 has nine facts
+        **{f"qa{n}": dict(MORE, stages="20/0,20/128,20/256") for n in range(6, 21)}).items():
     PRESETS[name] = {**PRESETS["qa1"], "task": name, **own}
-for name in (f"qa{n}" for n in range(6, 21)):  # from published files; the shortest story of qa16 has 9 facts
-    PRESETS[name] = {**PRESETS["qa1"], **MORE, "task": name, "stages": "20/0,20/128,20/256"}
 TASKS = ("remember", "rewrite", "passkey", "text")       # and qa1 to qa20, or several of these: qa1+qa2
 LISTS = {"stages", "background", "band", "released", "eval_lengths", "eval_samples", "eval_parts"}  # no grid
 ASIDE = {"background", "babi_dir", "band", "released", "eval_lengths", "eval_samples", "eval_parts",
@@ -867,6 +867,20 @@ def interval(right, n):
     return middle - spread / (1 + z * z / n), middle + spread / (1 + z * z / n)
 
 
+def accuracy_of(rows):
+    """'95.5 ± 1.0': the mean accuracy of eval rows, in per cent, and its deviation; '-' for no row."""
+    values = [100 * row["accuracy"] for row in rows]
+    spread = f" ±{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else "-"
+
+
+def interval_of(rows):
+    """'94.7-96.2': the 95% interval, in per cent, of the questions of all rows together; '-' for no row."""
+    n = sum(row["n"] for row in rows)
+    low, high = interval(sum(row["n"] * row["accuracy"] for row in rows), n) if n else (0, 0)
+    return f"{100 * low:.1f}-{100 * high:.1f}" if n else "-"
+
+
 def right_of(right, n):
     """'171/174 95-99': how many are right of how many, and the 95% interval in per cent."""
     low, high = interval(right, n) if n else (0, 0)
@@ -920,12 +934,8 @@ def table_of_task(task, kinds):
         means, pooled = [], []
         for length in lengths:
             here = [cells[length] for _, _, cells in runs if length in cells]
-            values = [100 * row["accuracy"] for row in here]
-            spread = f" ±{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
-            means.append(f"{f'{statistics.mean(values):.1f}{spread}' if values else '-':>11}")
-            n = sum(row["n"] for row in here)
-            low, high = interval(sum(row["n"] * row["accuracy"] for row in here), n) if n else (0, 0)
-            pooled.append(f"{f'{100 * low:.1f}-{100 * high:.1f}' if n else '-':>11}")
+            means.append(f"{accuracy_of(here):>11}")
+            pooled.append(f"{interval_of(here):>11}")
         stuck = [final["stage"] for final in finals if not final["learned"]]
         print("  ".join([f"{kind:{width}}", f"{len(runs):5}", f"{finals[0]['parameters']:10,}",
                          f"{floats:>12}", f"{statistics.mean(f['seconds'] for f in finals) / 60:7.1f}",

@@ -110,8 +110,21 @@ def write_stories(stories):
     return "".join(f"{n} {show(line)}\n" for story in stories for n, line in enumerate(story, start=1))
 
 
-def samples(stories):
+def story_samples(story):
     """One Sample per question: it sees all earlier facts of its story and none of the earlier questions."""
+    out, facts, index = [], [], {}                                      # index[n] is the fact on line n
+    for n, line in enumerate(story, start=1):
+        if line.answer is None:
+            index[n] = len(facts)
+            facts.append(line.text)
+        else:
+            support = tuple(index[s] for s in line.support)
+            out.append(Sample(list(facts), line.text.strip(), line.answer, support))
+    return out
+
+
+def samples(stories):
+    """The samples of the stories, in their order."""
     return [sample for story in stories for sample in story_samples(story)]
 
 
@@ -123,19 +136,6 @@ def spread(stories):
     each = list(map(story_samples, stories))
     rounds = max(map(len, each), default=0)
     return [own[(i + r) % len(own)] for r in range(rounds) for i, own in enumerate(each) if r < len(own)]
-
-
-def story_samples(story):
-    """The samples of one story, in its order."""
-    out, facts, index = [], [], {}                                      # index[n] is the fact on line n
-    for n, line in enumerate(story, start=1):
-        if line.answer is None:
-            index[n] = len(facts)
-            facts.append(line.text)
-        else:
-            support = tuple(index[s] for s in line.support)
-            out.append(Sample(list(facts), line.text.strip(), line.answer, support))
-    return out
 
 
 def fingerprint(facts):

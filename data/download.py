@@ -86,9 +86,9 @@ def unpack(archive, wanted, folder):
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                parts = Path(member.name).parts
-                for name in {"/".join(parts[-2:]), parts[-1]} & wanted.keys() if member.isfile() else ():
-                    found[name] = tar.extractfile(member).read()
+                for name in wanted:
+                    if member.isfile() and f"/{member.name}".endswith(f"/{name}"):
+                        found[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
         raise ValueError(f"{archive}: not a whole archive ({e}); the same command fetches it again") from None
     for name, digest in wanted.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from train import finished_runs, interval, right_of
+from train import accuracy_of, finished_runs, interval_of, right_of
 
 LENGTHS = [0, 1_000, 4_000, 16_000, 128_000, 1_000_000, 10_000_000, 50_000_000]
 PAPER = {        # BABILong (Kuratov et al. 2024), table 4, up to 16k tokens; ARMT (Rodkin et al. 2024), table 1, beyond
@@ -21,34 +21,20 @@ PAPER = {        # BABILong (Kuratov et al. 2024), table 4, up to 16k tokens; AR
 BOOK, CANTERBURY = ["pride_and_prejudice.txt"], ["alice29.txt", "asyoulik.txt", "lcet10.txt", "plrabn12.txt"]
 
 
-def rows_of(kind, part, background=None):
-    """{length: the eval rows of all seeds} of the runs called kind-seed0, kind-seed1, ..."""
-    found = {}
-    for config, _, rows in finished_runs(HERE):
-        if Path(config.out_dir).name.rpartition("-")[0] == kind:
-            for row in rows:
-                if row.get("part", part) == part and background in (None, row.get("background")):
-                    found.setdefault(row["length"], []).append(row)
-    return found
-
-
-def accuracy(rows):
-    values = [100 * row["accuracy"] for row in rows]
-    spread = f" ±{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def pooled(rows):
-    n = sum(row["n"] for row in rows)
-    low, high = interval(sum(row["n"] * row["accuracy"] for row in rows), n)
-    return f"{100 * low:.1f}-{100 * high:.1f}"
+def rows_of(runs, kind, part, background=None):
+    """The eval rows of the runs called kind-seed0, kind-seed1, ...: for each of LENGTHS a list."""
+    rows = [row for config, _, rows in runs if Path(config.out_dir).name.rpartition("-")[0] == kind for row in rows
+            if row.get("part", part) == part and background in (None, row.get("background"))]
+    return [[row for row in rows if row["length"] == length] for length in LENGTHS]
 
 
 def minutes(rows):
-    return f"{statistics.mean(row['read_seconds'] for row in rows) / 60:.1f}"
+    """Of reading all texts of a cell, in the mean of the runs."""
+    return f"{statistics.mean(row['read_seconds'] for row in rows) / 60:.1f}" if rows else "-"
 
 
 def by_depth(rows):
+    """Right answers in each fifth of the text, of all runs together."""
     return [right_of(*(sum(row["depths"][i][k] for row in rows) for k in (1, 0))) for i in range(5)]
 
 
@@ -56,37 +42,30 @@ def line(part, name, cells):
     return f"{part:4} {name:12}  {'  '.join(f'{cell:>11}' for cell in cells)}".rstrip()
 
 
+def lines_of(part, name, found):
+    return [line(part, name, map(accuracy_of, found)), line("", "95% interval", map(interval_of, found))]
+
+
 def show(title, lines, lengths=LENGTHS):
     print("\n".join([f"\n{title:17}  " + "  ".join(f"{length:>11,}" for length in lengths), *lines]))
 
 
 def main():
-    models = {part: "qa2-armt" if part == "qa2" else "joint-armt" for part in PAPER}
-    lines, times, depths = [], [], []
-    for part, model in models.items():
-        for background, name in ((BOOK, "from joint" if part == "qa2" else "joint"), (CANTERBURY, "Canterbury")):
-            found = rows_of(model, part, background)
-            if background == CANTERBURY and not found:
-                continue
-            shown = [found.get(length) for length in LENGTHS]
-            lines += [line(part if background == BOOK else "", name, [accuracy(r) if r else "-" for r in shown]),
-                      line("", "95% interval", [pooled(r) if r else "-" for r in shown])]
-            times.append(line(part if background == BOOK else "", name, [minutes(r) if r else "-" for r in shown]))
-        none = rows_of(f"{part}-none", part)
-        lines += [line("", "paper, ARMT", PAPER[part]),
-                  line("", "no memory", [accuracy(none[length]) if length in none else "-" for length in LENGTHS])]
-        million = rows_of(model, part, BOOK)[1_000_000]
-        depths.append(f"{part}    " + "  ".join(f"{cell:>14}" for cell in by_depth(million)))
+    """Print accuracy, minutes of reading, right answers by depth at a million words, and the models of one task."""
+    runs, lines, times, depths, alone = finished_runs(HERE), [], [], [], []
+    for part in PAPER:
+        model, name = ("qa2-armt", "from joint") if part == "qa2" else ("joint-armt", "joint")
+        book, other = rows_of(runs, model, part, BOOK), rows_of(runs, model, part, CANTERBURY)
+        lines += [*lines_of(part, name, book), *lines_of("", "Canterbury", other), line("", "paper, ARMT", PAPER[part]),
+                  line("", "no memory", map(accuracy_of, rows_of(runs, f"{part}-none", part)))]
+        times += [line(part, name, map(minutes, book)), line("", "Canterbury", map(minutes, other))]
+        depths.append(f"{part}    " + "  ".join(f"{cell:>14}" for cell in by_depth(book[LENGTHS.index(1_000_000)])))
+        model, name = ("joint-armt", "joint") if part == "qa2" else (f"{part}-armt", "alone")
+        alone += lines_of(part, name, rows_of(runs, model, part, BOOK)[:4])
     show("accuracy, %", lines)
     show("minutes of reading", times)
     print("\nright  " + "  ".join(f"{f'{start}-{start + 20}%':>14}" for start in range(0, 100, 20)), *depths, sep="\n")
-    lines = []
-    for part in PAPER:
-        found = rows_of("joint-armt" if part == "qa2" else f"{part}-armt", part, BOOK)
-        shown = [found.get(length) for length in LENGTHS[:4]]
-        lines += [line(part, "joint" if part == "qa2" else "alone", [accuracy(r) if r else "-" for r in shown]),
-                  line("", "95% interval", [pooled(r) if r else "-" for r in shown])]
-    show("accuracy, %", lines, LENGTHS[:4])
+    show("accuracy, %", alone, LENGTHS[:4])
 
 
 if __name__ == "__main__":
