@@ -1,5 +1,6 @@
 """
-The tables of the five tasks in the README, beside the paper's rows, from the rows in results/babilong:
+The tables of the five tasks in results/README.md (the first one, shorter, in the README), beside the paper's rows, from the
+rows in results/babilong:
 
     python results/babilong/table.py
 """
