@@ -1,8 +1,9 @@
 """
 The tables of the five tasks in results/README.md (the first one, shorter, in the README), beside the paper's rows, from the
-rows in results/babilong:
+rows in results/babilong or in another folder of the same runs:
 
     python results/babilong/table.py
+    python results/babilong/table.py out/babilong
 """
 import statistics
 import sys
@@ -51,9 +52,9 @@ def show(title, lines, lengths=LENGTHS):
     print("\n".join([f"\n{title:17}  " + "  ".join(f"{length:>11,}" for length in lengths), *lines]))
 
 
-def main():
-    """Print accuracy, minutes of reading, right answers by depth at a million words, and the models of one task."""
-    runs, lines, times, depths, alone = finished_runs(HERE), [], [], [], []
+def main(folder=HERE):
+    """Of the runs in `folder` print accuracy, minutes of reading, right answers by depth at a million words, and the models of one task."""
+    runs, lines, times, depths, alone = finished_runs(folder), [], [], [], []
     for part in PAPER:
         model, name = ("qa2-armt", "from joint") if part == "qa2" else ("joint-armt", "joint")
         book, other = rows_of(runs, model, part, BOOK), rows_of(runs, model, part, CANTERBURY)
@@ -70,4 +71,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(*sys.argv[1:2])
+    except ValueError as error:
+        sys.exit(f"table.py: {str(error).removeprefix('--table: ')}")
