@@ -2898,6 +2898,7 @@ def test_the_shipped_memory_cannot_be_trained_further(capsys):
 def test_every_readme_command_parses():
     top = Path(train.__file__).parent
     text = "".join((top / name).read_text(encoding="utf-8") for name in ("README.md", "results/README.md"))
+    text = text.replace("\\\n", " ")
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S) + re.findall(r"`(python [^`\n]+)`", text))
     commands = re.findall(r"python (train|sample)\.py(.*?)(?:#.*)?$", blocks, re.M)
     assert len(commands) > 10

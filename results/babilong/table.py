@@ -53,7 +53,10 @@ def show(title, lines, lengths=LENGTHS):
 
 
 def main(folder=HERE):
-    """Of the runs in `folder` print accuracy, minutes of reading, right answers by depth at a million words, and the models of one task."""
+    """
+    Of the runs in `folder` print accuracy, minutes of reading, right answers by depth at a million words, and the
+    models of one task. ValueError when it has no finished run.
+    """
     runs, lines, times, depths, alone = finished_runs(folder), [], [], [], []
     for part in PAPER:
         model, name = ("qa2-armt", "from joint") if part == "qa2" else ("joint-armt", "joint")
