@@ -2,22 +2,21 @@
 Use a trained memory: tell it facts, let it read a book, ask.
 
     python sample.py --facts "Mary went to the kitchen." --read book.txt --ask "Where is Mary?"
-    python sample.py                                        a small conversation at the prompt
-    python sample.py --read book.txt --quiz 100             100 times: three facts, the book, a question
-    python sample.py --facts "..." --read book.txt --written  a strip: which segments wrote to memory
-    python sample.py --read book.txt --save_state book.pt   read once ...
-    python sample.py --load_state book.pt --ask "..."       ... ask tomorrow
-    python sample.py --out_dir out/remember-armt-seed0      recall, passkey: a question, the answer and the truth
-    python sample.py --out_dir out/text-armt-seed0 --prompt "The "    text: go on writing
+    python sample.py                                          a small conversation at the prompt
+    python sample.py --facts "..." --read book.txt --written written.png     which segments wrote to the memory
+    python sample.py --read book.txt --save_state book.pt     read once ...
+    python sample.py --load_state book.pt --ask "..."         ... ask tomorrow
+    python sample.py --out_dir out/remember-armt-seed0        recall, passkey: questions, answers and the truth
 
-Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is kept in one
-state of fixed size; a question is answered from that state alone and leaves it as it was.
+Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is kept in
+one state of fixed size; a question is answered from that state alone and leaves it as it was. The memory knows
+bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives what, and which place
+lies north, south, east or west of which. A pronoun, "!" or another name means nothing to it.
 """
 import argparse
 import hashlib
 import json
 import os
-import random
 import sys
 import time
 from pathlib import Path
@@ -26,11 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from armt import check_state, state_floats, tensors
-from data import Question, babilong
-from train import Parser, answer, load, make_task, numbers, pick_device, write_atomically
+from armt import state_floats, state_map, tensors
+from data import numbers
+from data.files import one_line_errors, write_atomically
+from train import Parser, answer, load, make_task, pick_device
 
-PRETRAINED = Path(__file__).parent / "data" / "pretrained" / "joint-armt-seed0"
+PRETRAINED = Path(__file__).parent / "data" / "pretrained"
 HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
 ask      a sentence with a question mark: Where is Mary?
 read     read FILE
@@ -38,62 +38,105 @@ forget   start again with an empty memory
 quit     or Ctrl-D"""
 
 
-class Reader:
-    """A model and what it has read: the state after all full segments, and the tail that waits for its segment."""
+@torch.no_grad()
+def read_fast(model, segments, state, quiet, most=64):
+    """
+    Read whole segments (S, T) from a state of one row -> (state, {index of a segment that wrote: change of memory}).
 
-    def __init__(self, model, task, device, watch=False):
+    Segments that leave the state unchanged, bit for bit, can be read side by side: read 1, 2, 4, ... rows from the
+    same state, stop at the first that writes, and continue after it. The dict `quiet` keeps which segments did not
+    write to which of the last 64 states, so that they need not be read again: give it to the next call.
+    """
+    names, i, ahead, wrote = [segment.tobytes() for segment in segments.cpu().numpy()], 0, 1, {}
+    known = quiet.setdefault(fingerprint(state), set())
+    while i < len(names):
+        new, end = {}, i                                         # new: segment -> where it stands first
+        while end < len(names) and len(new) < ahead:
+            if names[end] not in known:
+                new.setdefault(names[end], end)
+            end += 1
+        if not new:
+            break
+        before = state_map(lambda s: s.expand(len(new), *s.shape[1:]), state)
+        _, _, after = model(segments[[*new.values()]], state=before)
+        loud = torch.zeros(len(new), dtype=torch.bool, device=segments.device)                   # (rows,)
+        for a, b in zip(tensors(before), tensors(after)):        # a cache that grows has another shape
+            loud |= (a != b).flatten(1).any(1) if a.shape == b.shape else True
+        first = [*loud.tolist(), True].index(True)
+        known.update([*new][:first])
+        i, ahead = end, min(2 * ahead, most)
+        if first < len(new):
+            i, ahead = [*new.values()][first] + 1, 1
+            if len(new) > 1:                                     # beside others its last bits may differ
+                _, _, after = model(segments[i - 1:i], state=state)
+            wrote[i - 1] = moved(state, after)
+            state = after
+            known = quiet.setdefault(fingerprint(state), set())
+            while len(quiet) > 64:
+                quiet.pop(next(iter(quiet)))
+    return state, wrote
+
+
+def moved(before, after):
+    """The length of the difference of two states; 1 for a cache, which has grown."""
+    pairs = [(a, b) for a, b in zip(tensors(before), tensors(after))]
+    return sum(float((b - a).square().sum()) for a, b in pairs if a.shape == b.shape) ** 0.5 or 1.0
+
+
+def fingerprint(values):
+    return hashlib.sha256(b"".join(t.detach().cpu().float().numpy().tobytes() for t in tensors(values))).hexdigest()
+
+
+class Reader:
+    """A model and what it has read: the state after all whole segments, and the tail that waits for its segment."""
+
+    def __init__(self, config, model, task, device):
         self.model, self.task, self.words, self.device = model.eval(), task, task.words, device
-        self.known = task.vocabulary()
-        self.watch = watch                                 # whether to note what each segment writes
-        weights = b"".join(p.detach().cpu().float().numpy().tobytes() for p in model.parameters())
-        self.fingerprint = hashlib.sha256(weights).hexdigest()
+        self.align, self.T = config.align, config.align or config.segment_len
+        self.model.config.segment_len = self.T
+        self.fingerprint = fingerprint(tuple(model.parameters()))
         self.forget()
 
     def forget(self):
         """Begin again with an empty memory."""
-        self.state, self.words_read, self.seconds = self.model.init_state(1), 0, 0.0
-        self.written = []                                  # (change of the memory, ids) of each segment
-        self.tail = torch.zeros(1, 0, dtype=torch.long, device=self.device)
-
-    def tensor(self, ids):
-        return torch.tensor([ids], dtype=torch.long, device=self.device)                                # (1, n)
+        self.state, self.tail, self.quiet = self.model.init_state(1), [], {}
+        self.words_read, self.n_segments, self.wrote = 0, 0, []            # wrote: (which, change, ids) of segments
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
-        for word in self.words.unknown(text, self.known):
+        for word in self.words.unknown(text):
             print(f"note: the task does not know '{word}'; it is read like any word of a book", file=sys.stderr)
 
     def tell(self, text):
-        """Read a piece of text. It may stop anywhere between two words: telling in two calls equals telling in one."""
-        began, T = time.time(), self.model.config.segment_len
-        idx = self.tensor(self.words.pad(self.words.encode(text), at=self.tail.size(1)))
-        for piece in idx.split(T, dim=1) if self.watch else [idx]:                 # T tokens complete at most a segment
-            before, text = self.state, torch.cat((self.tail, piece), dim=1)
-            self.state, self.tail = self.model.read(piece, self.state, self.tail)
-            if self.watch and text.size(1) > T:                                            # one was complete
-                self.written.append((change(before, self.state), text[0, :T].tolist()))
-        self.words_read += self.words.count(idx.cpu())
-        self.seconds += time.time() - began
+        """Read a piece of text. It may stop anywhere between two words: two calls equal one."""
+        ids = self.words.pad(self.words.encode(text), self.align, len(self.tail))
+        self.words_read += self.words.count(ids)
+        ids = self.tail + ids
+        whole = max(len(ids) - 1, 0) // self.T * self.T                    # the last segment may still continue
+        segments = torch.tensor(ids[:whole], dtype=torch.long, device=self.device).view(-1, self.T)
+        self.state, wrote = read_fast(self.model, segments, self.state, self.quiet)
+        self.wrote += [(self.n_segments + i, size, segments[i].tolist()) for i, size in wrote.items()]
+        self.n_segments, self.tail = self.n_segments + len(segments), ids[whole:]
 
     def read(self, file):
         """Read a UTF-8 file of any size, piece by piece, with a progress bar. If it fails, nothing was read."""
-        before = self.state, self.tail, self.words_read
-        size = os.path.getsize(file)
-        if size == 0:
-            raise ValueError(f"--read: {file} is empty")
+        before = {name: getattr(self, name) for name in ("state", "tail", "words_read", "n_segments")}
+        before["wrote"], size = list(self.wrote), os.path.getsize(file)
         try:
-            with open(file, encoding="utf-8") as f, tqdm(total=size, desc=Path(file).name, unit="B", unit_scale=True,
-                                                         leave=False) as bar:
+            if not Path(file).is_file() or size == 0:
+                raise ValueError(f"--read: {file} is empty or not a file")
+            with open(file, encoding="utf-8-sig") as f, tqdm(total=size, desc=Path(file).name, unit="B",
+                                                             unit_scale=True, leave=False) as bar:
                 rest = ""
                 while block := f.read(1 << 16):
                     text = rest + block
-                    cut = max(text.rfind(" "), text.rfind("\n")) + 1 or len(text)         # not inside a word
-                    self.tell(text[:cut])
-                    rest = text[cut:]
+                    end = max(text.rfind(" "), text.rfind("\n")) + 1 or len(text)      # not inside a word
+                    self.tell(text[:end])
+                    rest = text[end:]
                     bar.update(f.buffer.tell() - bar.n)
                 self.tell(rest)
         except BaseException as e:
-            self.state, self.tail, self.words_read = before
+            vars(self).update(before)
             if isinstance(e, UnicodeDecodeError):
                 raise ValueError(f"--read: {file} is not UTF-8 text") from None
             raise
@@ -101,83 +144,67 @@ class Reader:
     @torch.no_grad()
     def ask(self, question):
         """Probabilities of all words as the answer, (V,). What was read stays as it was."""
-        idx = self.tensor(self.task.ask(question))
-        if not idx.any():                                                        # blanks alone, or nothing
+        idx, state = torch.tensor([self.task.ask(question)], device=self.device), self.state
+        if not idx.any():
             raise ValueError("--ask: the question has no words")
-        state = self.state
-        if self.tail.size(1):
-            _, _, state = self.model(self.tail, state=state)                     # the tail as a short segment, for now
+        if self.tail:                                                      # a segment with blanks behind, for now
+            tail = self.tail + [0] * (self.T - len(self.tail))
+            _, _, state = self.model(torch.tensor([tail], device=self.device), state=state)
         return self.model(idx, state=state)[0][0, -1].softmax(-1)
 
     def save(self, file):
-        """Write the memory and the tail that waits, with the mark of the model that made them."""
+        """Write the memory and the tail that waits, with the fingerprint of the model that made them."""
         memory = dict(fingerprint=self.fingerprint, state=self.state, tail=self.tail, words_read=self.words_read)
-        write_atomically(Path(file), lambda p: torch.save(memory, p))
+        write_atomically(file, lambda path: torch.save(memory, path))
 
     def load(self, file):
-        """Go on from a memory that `save` wrote. ValueError if it is none, or another model's."""
+        """Continue from a memory that `save` wrote. ValueError if it is none, or another model's."""
         try:
             memory = torch.load(file, map_location=self.device, weights_only=True)
-            fingerprint, state, tail, words_read = (memory[k] for k in ("fingerprint", "state", "tail", "words_read"))
+            state, tail, words_read = (memory[name] for name in ("state", "tail", "words_read"))
+            same = memory["fingerprint"] == self.fingerprint
+            fits = [(t.shape, t.dtype) for t in tensors(state)] == [(t.shape, t.dtype) for t in tensors(self.state)]
+            sound = all(t.isfinite().all() for t in tensors(state)) and 0 <= words_read < 1e15 and all(
+                0 <= int(i) < self.task.vocab_size for i in tail) and len(tail) <= self.T
         except FileNotFoundError:
             raise ValueError(f"--load_state: there is no file {file}") from None
-        except Exception:                                              # a broken file can raise nearly anything
+        except Exception:                                                  # a broken file can raise nearly anything
             raise ValueError(f"--load_state: {file} is not a memory saved by --save_state") from None
-        if fingerprint != self.fingerprint:
+        if not same:
             raise ValueError(f"--load_state: the memory in {file} was made by another model")
-        check_state(state, self.state)
+        if not fits or not sound:
+            raise ValueError(f"--load_state: the memory in {file} is damaged")
         self.state, self.tail, self.words_read = state, tail, words_read
 
 
-def change(before, after):
-    """How far a memory has moved: the length of the difference of two states. ValueError if they are caches."""
-    pairs = list(zip(tensors(before), tensors(after)))
-    if any(a.shape != b.shape for a, b in pairs):
-        raise ValueError("--written: this memory keeps a cache of all that it reads; every segment writes to it")
-    return sum((b - a).square().sum().item() for a, b in pairs) ** 0.5
-
-
-def show_written(reader, task, width=72, most=5):
-    """A strip of text: what wrote to memory, and the segments that wrote most."""
-    if not reader.written:
-        return print("not a segment was completed, so nothing is in memory yet")
-    changes = np.array([size for size, _ in reader.written])
-    if not changes.any():
-        return print("nothing was written: no segment changed the memory")
-    cells = [part.max() for part in np.array_split(changes, min(width, len(changes)))]
-    print("".join("▁▂▃▄▅▆▇█"[min(7, int(8 * cell / changes.max()))] for cell in cells))
-    wrote = (changes > 0).sum()
-    print(f"{len(changes):,} segments, from left to right; {wrote:,} changed the memory, by at most {changes.max():.3g} "
-          f"(the height). Those that wrote most, of other words only their place (~):")
-    for i in sorted(np.argsort(-changes)[:min(most, wrote)]):
-        print(f"{i + 1:7,}  {changes[i]:8.3g}  {task.show(reader.written[i][1])[:200]}")
-
-
-def peak_mb():
-    """The most memory this process (on Linux also what started it) has held, in MB; None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024                                # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1_000_000
+def show_written(reader, file, width=72, most=5):
+    """Which segments wrote: a strip of text, or a figure in `file`, and the segments that wrote most."""
+    changes = np.zeros(max(1, reader.n_segments))
+    for i, size, _ in reader.wrote:
+        changes[i] = size
+    if file:
+        from results.figures import written
+        written(changes, file)
+    cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
+    print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
+    print(f"{reader.n_segments:,} segments from left to right; {len(reader.wrote):,} wrote, and changed the memory by at "
+          f"most {top:.3g} (the height). Those that wrote most (~ is a word that is not bAbI's):")
+    for i, size, ids in sorted(sorted(reader.wrote, key=lambda w: -w[1])[:most]):
+        print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
 
 
 def reply(reader, question, as_json):
-    """Ask and print. The seconds are those of reading and answering."""
-    began = time.time()
+    """Ask and print."""
     reader.warn(question)
     probability, best = reader.ask(question).topk(4)
-    names = [reader.words.name(i) for i in best.tolist()]
-    others = dict(zip(names[1:], (round(p, 4) for p in probability[1:].tolist())))
+    names, shares = [reader.words.name(i) for i in best.tolist()], [round(p, 4) for p in probability.tolist()]
     if as_json:
-        print(json.dumps(dict(question=question, answer=names[0], alternatives=others,
-                              probability=round(probability[0].item(), 4), words_read=reader.words_read,
-                              state_floats=state_floats(reader.state),
-                              seconds=round(reader.seconds + time.time() - began, 4), peak_mb=peak_mb())))
+        print(json.dumps(dict(question=question, answer=names[0], probability=shares[0], words_read=reader.words_read,
+                              alternatives=dict(zip(names[1:], shares[1:])), segments_wrote=len(reader.wrote),
+                              state_floats=state_floats(reader.state))))
     else:
-        print(f"{question}  {names[0]}  ({probability[0].item():.1%}; "
-              f"{', '.join(f'{name} {p:.1%}' for name, p in others.items())})")
+        others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
+        print(f"{question}  {names[0]}  ({shares[0]:.1%}; {others})")
 
 
 def converse(reader):
@@ -210,97 +237,69 @@ def converse(reader):
             print("stopped; nothing of it was read")
 
 
-def quiz(reader, task, files, n):
-    """n rows side by side: each is told a short story of its own, then all read the files, then each is asked."""
-    text = [np.array(task.words.pad(task.words.encode(babilong.read_text(file))), dtype=np.int32) for file in files]
-    dice, questions = random.Random(f"quiz {n}"), []
-    for i in range(n):
-        facts, found, _ = task.story(dice, task.rows[i % len(task.rows)], 3, [])
-        question, right = dice.choice(found)
-        questions.append(Question([*task.tell(facts), *text], task.ask(question), task.words.id(right)))
-    tokens = sum(len(piece) for q in questions for piece in q.context)
-    with tqdm(total=tokens, desc="reading", unit="tok", unit_scale=True) as bar:
-        said = answer(reader.model, questions, reader.device, bar)
-    right = sum(a == [q.answer] for a, q in zip(said, questions))
-    print(f"{right} of {n} right after {sum(map(task.words.count, text)):,} words")
-
-
-def show_recall(model, task, config, device, n):
-    """Pairs or text with a pass key, question, answer and truth of n fresh samples of the longest stage."""
-    questions, _ = task.questions(max(numbers("stages", config.stages))[0], n)
+def show_samples(config, model, task, device, n):
+    """What is read, the question, the answer and the truth, of n fresh samples of the longest stage."""
+    model.config.segment_len = config.align or config.segment_len
+    questions, _ = task.questions(dict(length=max(numbers("stages", config.stages))[0], n=n))
     for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
-        truth = np.atleast_1d(q.answer)
-        print(f"{task.show(np.concatenate(q.context))}  {task.show(q.question)} -> {task.show(said)}  "
-              f"({'right' if np.array_equal(said, truth) else f'wrong, it is {task.show(truth)}'})")
-
-
-def write_text(model, task, args, device):
-    """Go on from the prompt, byte by byte."""
-    prompt = args.prompt.encode("utf-8") or b"\n"
-    torch.manual_seed(args.seed)
-    idx = torch.tensor([list(prompt)], device=device)
-    print(task.show(model.eval().generate(idx, args.tokens, temperature=args.temperature, top_k=args.top_k)[0].tolist()))
+        truth = "correct" if said == list(q.answer) else f"wrong, it is {task.show(q.answer)}"
+        print(f"{task.show(np.concatenate(q.context))}  {task.show(q.question)} -> {task.show(said)}  ({truth})")
 
 
 def make_parser():
-    """The flags; help says which kind of run each is for."""
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use; left out, the one that is shipped")
+    parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use; the one that is shipped if left out")
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
+    parser.add_argument("--samples", type=int, metavar="N", help="recall, passkey: how many samples to show (5)")
     parser.add_argument("--facts", default="", help="qa: sentences to tell")
     parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa: UTF-8 files to read")
     parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: questions; none, a conversation")
-    parser.add_argument("--quiz", type=int, metavar="N", help="qa: N times three facts, the files, one question")
-    parser.add_argument("--written", action="store_true", help="qa: show which segments wrote to memory")
+    parser.add_argument("--written", nargs="?", const="", metavar="FILE.png", help="qa: which segments wrote")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
     parser.add_argument("--save_state", metavar="FILE", help="qa: keep the memory in a file")
     parser.add_argument("--load_state", metavar="FILE", help="qa: begin with a memory from a file")
-    parser.add_argument("--samples", type=int, default=5, help="recall, passkey: how many samples to show (5)")
-    parser.add_argument("--prompt", default="", help="text: what to go on from")
-    parser.add_argument("--tokens", type=int, default=300, help="text: how many bytes to write (300)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="text: 0 takes the likeliest byte (0.8)")
-    parser.add_argument("--top_k", type=int, help="text: draw among the k likeliest bytes")
-    parser.add_argument("--seed", type=int, default=0, help="text: seed of the dice (0)")
     return parser
 
 
 def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
-    args = make_parser().parse_args(argv)
-    torch.set_flush_denormal(True)                                     # as in train.py
-    try:
-        device, _ = pick_device(args.device)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors("sample.py"):
+        torch.set_flush_denormal(True)                                     # as in train.py
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        device = pick_device(args.device)
         config, model, _ = load(args.out_dir, device)
-        task = make_task(config)
-        if config.task in ("remember", "rewrite", "passkey"):
-            return show_recall(model, task, config, device, args.samples)
-        if config.task == "text":
-            return write_text(model, task, args, device)
-        if args.save_state and not Path(args.save_state).parent.is_dir():
-            raise ValueError(f"--save_state: there is no folder {Path(args.save_state).parent}")
-        reader = Reader(model, task, device, args.written)
+        task, qa = make_task(config), ("facts", "read", "ask", "written", "json", "save_state", "load_state")
+        if not hasattr(task, "ask"):
+            for name in qa:
+                if getattr(args, name) != parser.get_default(name):
+                    raise ValueError(f"--{name}: {config.task} has no text to be told; only --samples is of use here")
+            return show_samples(config, model, task, device, args.samples or 5)
+        if args.samples:
+            raise ValueError(f"--samples: {config.task} is told and asked; see --facts, --read and --ask")
+        if args.save_state:
+            try:
+                write_atomically(f"{args.save_state}.try", lambda path: path.touch())      # before an hour of reading
+                Path(f"{args.save_state}.try").unlink()
+            except OSError as e:
+                raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror}") from None
+        reader = Reader(config, model, task, device)
         if args.load_state:
             reader.load(args.load_state)
-        if args.facts:
-            reader.warn(args.facts)
-            reader.tell(args.facts)
-        if args.quiz:
-            return quiz(reader, task, args.read, args.quiz)
+        reader.warn(args.facts)
+        reader.tell(args.facts)
         for file in args.read:
             reader.read(file)
-        if args.written:
-            show_written(reader, task)
+        if args.written is not None:
+            show_written(reader, args.written)
         if args.save_state:
             reader.save(args.save_state)
         for question in args.ask:
             reply(reader, question, args.json)
-        if not (args.ask or args.save_state or args.written):
+        if not args.ask and not args.save_state and args.written is None:
             converse(reader)
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped")
-    except (ValueError, OSError) as e:
-        sys.exit(f"sample.py: {e}")
 
 
 if __name__ == "__main__":

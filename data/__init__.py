@@ -1,13 +1,25 @@
 """
 The tasks. Every batch is a function of (seed, split, stage, step) and of nothing else: evaluation never disturbs
-training, a resumed run sees the batches that the uninterrupted one would have seen, every device sees the same data.
+training, a resumed run sees the batches that the uninterrupted one would have seen, every device sees the same
+data.
 
     recall.py     associative retrieval: remember pairs, or the last value of keys that are rewritten
-    babi.py       bAbI: the words, a simulator of qa1, a reader and writer of the published files
+    babi.py       bAbI: the words, a simulator of qa1 to qa5, a reader of the published files
     babilong.py   BABILong: facts scattered through background text of any length
-    passkey.py    five digits, told once in a long text
-    text.py       bytes of any file
+    passkey.py    five digits, stated once in a long text
+    files.py      files that are whole, and folders that one process uses
+
+A task has these attributes and methods, which train.py and sample.py use:
+
+    vocab_size, vocab            the number of ids, and the words that have one of their own
+    rows                         row i of a batch is of the part rows[i % len(rows)] of the task
+    check(config)                ValueError, naming the flag, for settings that it cannot serve
+    batch(rng, size, stage)      a Batch
+    cells(config)                what to evaluate: a list of dicts with a length, a number of questions n, ...
+    questions(cell)              a list of Question, and how many were left out because they do not fit
+    show(ids)                    ids as text
 """
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -16,24 +28,43 @@ SPLITS = ("train", "val", "test")
 
 
 class Batch(NamedTuple):
-    """B rows to read, and Q questions about each. Rows and questions are filled in front with id 0."""
-    context: np.ndarray      # (B, N) ids, or (B, F, N) where each of F facts is to be a segment of its own
+    """B rows to read, and Q questions about each. Id 0 is the blank, which fills what is shorter."""
+    context: np.ndarray      # (B, S, T) ids: S segments of T tokens
     questions: np.ndarray    # (B, Q, n) ids; the answer is due after the last one
-    answers: np.ndarray      # (B, Q) ids, or (B, Q, A) of answers with A ids; -1 where nothing is to be asked
-    stories: list = None     # what each row was told so far, in lists, for a batch that goes on from this one
+    answers: np.ndarray      # (B, Q, A) ids, A to an answer; -1 where nothing is to be asked
 
 
 class Question(NamedTuple):
-    """One question to evaluate on. The context is a list of arrays, views of longer ones, so it may be very long."""
+    """One question to evaluate on. Its context may be very long: the arrays are views of the background."""
     context: list            # arrays of ids, to be read one after another
     question: list           # ids
-    answer: int              # the id that is right, or an array of A ids that all have to be
-    depth: float = None      # where the oldest fact that it needs stands: 0 is the beginning of the context, 1 its end
+    answer: list             # ids
+    depth: float = None      # where the oldest fact that it needs stands: from 0, the beginning, to 1, the end
 
 
 def generator(seed, split, *place):
     """A numpy generator for one batch: seed and what follows are integers >= 0, split is train, val or test."""
     return np.random.default_rng((seed, SPLITS.index(split), *place))
+
+
+def numbers(flag, text):
+    """'0,1k,2/64' -> [(0,), (1000,), (2, 64)]. ValueError names the flag."""
+    number = r"\d{1,9}[kM]?"
+    if not re.fullmatch(rf"{number}(/{number})*(,{number}(/{number})*)*", text):
+        raise ValueError(f"--{flag}: '{text}' is not a list of whole numbers, such as 2,4,8 or 0,1k or 10/128,10/256")
+    return [tuple(int(n.rstrip("kM")) * dict(k=1000, M=1000000).get(n[-1], 1) for n in part.split("/"))
+            for part in text.split(",")]
+
+
+def eval_points(config):
+    """What --eval_lengths and --eval_samples ask for: [(length, number of questions)]. ValueError names the flag."""
+    lengths, counts = numbers("eval_lengths", config.eval_lengths), numbers("eval_samples", config.eval_samples)
+    for flag, values in (("eval_lengths", lengths), ("eval_samples", counts)):
+        if any(len(value) > 1 for value in values):
+            raise ValueError(f"--{flag}: '{getattr(config, flag)}' has a slash")
+    if min(counts) < (1,):
+        raise ValueError(f"--eval_samples: '{config.eval_samples}' has a number below 1")
+    return [(length, counts[min(i, len(counts) - 1)][0]) for i, (length,) in enumerate(lengths)]
 
 
 def fill(rows, length=None):
@@ -45,13 +76,20 @@ def fill(rows, length=None):
     return out
 
 
-def chunks(rows, size):
+def segments(rows, T):
+    """Rows of ids -> (B, S, T): filled in front to the length of the longest, and then behind to whole segments."""
+    flat = fill(rows)
+    return np.pad(flat, ((0, 0), (0, -flat.shape[1] % T))).reshape(len(rows), -1, T)
+
+
+def chunks(rows, size, T=1):
     """
-    Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side, filled in
-    front to the length of the longest. Nothing longer than a chunk is ever copied.
+    Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side, filled
+    as by `segments`. Nothing longer than a chunk is ever copied.
     """
-    longest = max(sum(map(len, row)) for row in rows)
-    readers = [_blocks([np.zeros(longest - sum(map(len, row)), dtype=np.int64), *row], size) for row in rows]
+    lengths = [sum(map(len, row)) for row in rows]
+    behind = np.zeros(-max(lengths) % T, dtype=np.int64)
+    readers = [_blocks([np.zeros(max(lengths) - n, dtype=np.int64), *row, behind], size) for n, row in zip(lengths, rows)]
     return map(np.stack, zip(*readers))
 
 
@@ -68,3 +106,24 @@ def _blocks(pieces, size):
         have += len(piece)
     if have:
         yield np.concatenate(block)
+
+
+def defaults(task):
+    """What a task is trained with where no flag says otherwise: fields of train.Config. ValueError if there is none."""
+    from . import babilong, passkey, recall              # they import this file
+    for module in (recall, passkey, babilong):
+        if (found := module.defaults(task)) is not None:
+            return dict(found, task=task)
+    raise ValueError(f"--task: there is no '{task}'; choose one of {', '.join([*recall.TASKS, *passkey.KINDS])}, "
+                     f"babilong (bAbI's first five in one model), or qa1 to qa5, or several of these, as in qa1+qa2")
+
+
+def make_task(config):
+    """The task of a run."""
+    from . import babilong, passkey, recall
+    defaults(config.task)
+    if config.task in recall.TASKS:
+        return recall.Recall(config.key_size, config.questions, config.task == "rewrite")
+    if config.task in passkey.KINDS:
+        return passkey.PassKey(config)
+    return babilong.BABILong(config)

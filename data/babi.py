@@ -1,37 +1,26 @@
 """
 bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds in which people move about, and questions about them.
 
-The published files (v1.2) are read and written byte for byte. For qa1 to qa5 there is also a simulator, so that a
-model can be trained on as many stories as it likes and never see a published one. Its rules were inferred from the
-published files: the generator that made them is not public.
-
-    python -m data.babi DIR            what one gets on the test questions in DIR without any model
+The published files (v1.2) are read and written byte for byte. For the first five tasks there is also a simulator, so
+that a model can be trained on as many stories as it likes and never see a published one. Its rules were inferred from
+the published files: the generator that made them is not public.
 """
 import itertools
 import re
-import sys
 import zlib
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-# All words and answers of the twenty tasks in en-10k, in order of appearance. Their ids are fixed for good, so a
-# checkpoint stays valid when tasks are added; an answer that is a list, or a path, is one word here.
+# The words of the first five tasks, and the answer where a text does not say. A run keeps its list in config.json.
+UNKNOWN = "unknown"
 WORDS = """
 Mary moved to the bathroom John went hallway where is Daniel back Sandra garden office journeyed travelled bedroom
-kitchen got milk there football put down discarded grabbed took dropped left picked up apple was before east of west
-what north south Fred gave Jeff did give Bill who handed received passed in how many objects carrying no longer not
-either school or park cinema Julie after that he following then she afterwards and they this morning afternoon
-yesterday evening mice are afraid wolves Gertrude a mouse cats sheep Winona Emily Jessica wolf cat Lily frog Bernhard
-green Brian lion white Julius swan Greg color rhino gray yellow pink rectangle triangle red square right below blue
-above sphere suitcase fits inside box chocolate container bigger than chocolates chest does fit do you go from Jason
-thirsty will Antoine bored why Sumit hungry get Yann tired pajamas yes none one two three nothing maybe
-apple,football apple,milk football,apple football,milk milk,apple milk,football apple,football,milk
-apple,milk,football football,apple,milk football,milk,apple milk,apple,football milk,football,apple
-e,e e,n e,s n,e n,n n,w s,e s,s s,w w,n w,s w,w
-""".split()
+kitchen got milk there football put down discarded grabbed took dropped left picked up apple was before east of
+west what north south Fred gave Jeff did give Bill who handed received passed
+""".split() + [UNKNOWN]
 
 
 class Line(NamedTuple):
@@ -49,57 +38,44 @@ class Sample(NamedTuple):
     support: tuple           # indices of the facts that tell the answer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # The published files
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
+
+FACT = re.compile(r"([1-9]\d*) ([^\t?]*[^\t? ])")
+QUESTION = re.compile(r"([1-9]\d*) ([^\t]*\? ?)\t([^\t]*[^\t ])\t(\d+(?: \d+)*)")
+
 
 def read_stories(path):
     """
-    A published bAbI file -> list of stories, each a list of Line. ValueError with file and line for anything malformed:
-    a line without a number, numbers that do not count up from 1, a question without answer or support, an unknown
-    answer, support that is not an earlier fact, text that is not UTF-8, an empty file.
+    A published bAbI file -> list of stories, each a list of Line. ValueError with file and line for anything
+    malformed: numbers that do not count up from 1, a question without answer or support, support that is not an
+    earlier fact, text that is not UTF-8, a file without questions.
     """
     stories = []
     try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")
+        lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
     except UnicodeDecodeError as e:
         n = e.object[:e.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {n}: not UTF-8 text; is this a bAbI file?") from None
-    if lines == [""]:
-        raise ValueError(f"{path}, line 1: the file is empty")
-    answers = {word.lower() for word in WORDS}
-    for n, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
-        def fail(why):
-            raise ValueError(f"{path}, line {n}: {why}")
-        number, _, rest = line.partition(" ")
-        if line.endswith("\r"):
-            fail("a carriage return at its end; the published files end lines with a newline alone")
-        if not re.fullmatch("[1-9][0-9]*", number) or not rest:
-            fail(f"expected 'NUMBER text', found {line[:60]!r}")
-        if int(number) == 1:
+    for n, line in enumerate(lines, start=1):
+        fact, question = FACT.fullmatch(line), QUESTION.fullmatch(line)
+        if not fact and not question:
+            raise ValueError(f"{path}, line {n}: expected 'NUMBER fact' or 'NUMBER question?<TAB>answer<TAB>supporting "
+                             f"line numbers', found {line[:60]!r}")
+        number, text, *rest = (fact or question).groups()
+        if number == "1":
             stories.append([])
         if not stories or int(number) != len(stories[-1]) + 1:
-            fail(f"the line is numbered {number}, expected {len(stories[-1]) + 1 if stories else 1}")
-        story = stories[-1]
-        fields = rest.split("\t")
-        if len(fields) == 1:
-            if rest.rstrip().endswith("?"):
-                fail("a question without a TAB and an answer")
-            story.append(Line(rest))
-            continue
-        if len(fields) != 3 or not fields[0].rstrip().endswith("?") or not fields[1].strip():
-            fail("a question reads 'question?<TAB>answer<TAB>supporting line numbers'")
-        if fields[1].lower() not in answers:
-            fail(f"'{fields[1][:40]}' is no answer of bAbI's twenty tasks")
-        if not re.fullmatch(r"\d+( \d+)*", fields[2]):
-            fail(f"supporting line numbers expected, found {fields[2][:60]!r}")
-        support = tuple(map(int, fields[2].split(" ")))
+            raise ValueError(f"{path}, line {n}: the line is numbered {number}, expected "
+                             f"{len(stories[-1]) + 1 if stories else 1}")
+        support = tuple(map(int, rest[1].split())) if question else ()
         for s in support:
-            if not 1 <= s <= len(story):
-                fail(f"support {s} is not an earlier line of the story")
-            if story[s - 1].answer is not None:
-                fail(f"support {s} is a question, not a fact")
-        story.append(Line(fields[0], fields[1], support))
+            if not 1 <= s <= len(stories[-1]) or stories[-1][s - 1].answer is not None:
+                raise ValueError(f"{path}, line {n}: support {s} is not an earlier fact of the story")
+        stories[-1].append(Line(text, rest[0], support) if question else Line(text))
+    if not any(line.answer for story in stories for line in story):
+        raise ValueError(f"{path}: there is no question in it")
     return stories
 
 
@@ -123,15 +99,10 @@ def story_samples(story):
     return out
 
 
-def samples(stories):
-    """The samples of the stories, in their order."""
-    return [sample for story in stories for sample in story_samples(story)]
-
-
 def spread(stories):
     """
-    The samples of the stories, every story once before any is asked again, and not each its first question first: the
-    first n are of n stories, early and late questions alike. (BABILong's files have five questions a story in a row.)
+    The samples of the stories, one of each story first, and not each its first question: the first n are of n stories,
+    early and late questions alike. (BABILong's files have five questions of a story in a row.)
     """
     each = list(map(story_samples, stories))
     rounds = max(map(len, each), default=0)
@@ -162,9 +133,9 @@ def find_file(folder, task, split="test"):
     raise FileNotFoundError(f"babi_dir: no {task}_*_{split}.txt in {folder} or in {Path(folder) / 'en-10k'}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # The worlds of qa1 to qa5
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")                             # those that can be simulated
 PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
@@ -200,13 +171,13 @@ class Ask(NamedTuple):
     weight: float = 1.0
 
 
-def world(dice, task, told=()):
+def world(dice, task):
     """
-    The events of a world, without end (qa4: two). `dice` is a random.Random, `told` are events to go on from. Who and
-    what is where at first is hidden, so somebody may get a thing before anybody knows where he is.
+    The events of a world, without end (qa4: two). `dice` is a random.Random. Who and what is where at first is hidden,
+    so somebody may get a thing before anybody knows where he is.
     """
     if task == "qa4":
-        yield from () if told else relations(dice)
+        yield from relations(dice)
         return
     actors = GIVERS if task == "qa5" else ACTORS
     things = [] if task == "qa1" else THINGS
@@ -249,8 +220,6 @@ def world(dice, task, told=()):
         return Event("give", who, held[who][0], to=near[who][0])
 
     last = None
-    for last in told:
-        happen(last)
     while True:
         event = gift() if task == "qa5" else None
         while event is None:
@@ -370,26 +339,65 @@ def simulate(dice, task, n_stories, window=WINDOW):
     return stories
 
 
-def without_model(asked):
-    """Of these samples, the share that is right if one always says the commonest answer, or the last place mentioned."""
-    commonest = Counter(sample.answer for sample in asked).most_common(1)[0][1]
-    places = [[word for word in re.findall("[a-z]+", " ".join(sample.facts)) if word in PLACES] for sample in asked]
-    return commonest / len(asked), sum(place[-1:] == [s.answer] for place, s in zip(places, asked)) / len(asked)
+# ----------------------------------------------------------------------------------------------------------------
+# All that a text answers
+# ----------------------------------------------------------------------------------------------------------------
+
+class Spot:
+    """Where somebody or something is: a place, or one that the text has not named. Two spots may turn out to be one."""
+
+    def __init__(self, place=UNKNOWN):
+        self.place, self.same = place, None
+
+    def root(self):
+        return self if self.same is None else self.same.root()
+
+    def meet(self, other):
+        a, b = sorted((self.root(), other.root()), key=lambda spot: spot.place == UNKNOWN)
+        if a is not b:
+            b.same = a
 
 
-def main():
-    """Print the table of without_model for qa1 to qa5: `python -m data.babi DIR`."""
-    if len(sys.argv) != 2:
-        sys.exit("data.babi: name the folder with the published files, as in python -m data.babi data/babi")
-    try:
-        print("right, %  questions  commonest answer  last place mentioned")
-        for task in TASKS:
-            asked = samples(read_stories(find_file(sys.argv[1], task)))
-            commonest, last_place = without_model(asked)
-            print(f"{task:8}  {len(asked):9,}  {100 * commonest:16.1f}  {100 * last_place:20.1f}")
-    except (ValueError, OSError) as e:
-        sys.exit(f"data.babi: {e}")
-
-
-if __name__ == "__main__":
-    main()
+def everything(events):
+    """
+    All questions about all people, things and places: {task: {question: answer}}, UNKNOWN where the events do not say.
+    A thing is where its holder is; whoever picks it up is where it lay, whoever is given it is where the giver is.
+    """
+    at, holder, way, gave, lies = defaultdict(Spot), {}, defaultdict(list), {}, {}
+    for action, who, what, place, to, _ in events:
+        if action == "lies":
+            lies[what, place], lies[OPPOSITE[what], who] = who, place
+            continue
+        if action == "move":
+            at[who] = Spot(place)
+        elif action == "give":
+            at[who].meet(at[to])
+            gave[f"What did {who} give to {to}? "], gave[f"Who gave the {what} to {to}? "] = what, who
+            gave[f"Who did {who} give the {what} to? "] = gave[f"Who received the {what}? "] = to
+            gave[f"Who gave the {what}? "] = who
+        elif action == "get" and what in way and not holder[what]:
+            at[who].meet(way[what][-1])
+        if action != "move":
+            holder[what] = dict(get=who, drop=None, give=to)[action]
+            way[what].append(at[who])                          # all spots where it has been, one by one
+        for thing in way if action == "move" else ():
+            if holder[thing] == who:
+                way[thing].append(at[who])
+    been = {thing: [spot.root() for spot in way[thing]] for thing in THINGS}
+    been = {thing: [spot.place for spot, _ in itertools.groupby(spots)] for thing, spots in been.items()}
+    people, asked = dict.fromkeys([*ACTORS, *GIVERS]), {task: {} for task in TASKS}
+    for who in people:
+        asked["qa1"][f"Where is {who}? "] = at[who].root().place
+    for thing, places in been.items():
+        asked["qa2"][f"Where is the {thing}? "] = places[-1] if places else UNKNOWN
+        for place in PLACES:                                   # before it was there the last time
+            last = max((i for i, here in enumerate(places) if here == place), default=0)
+            asked["qa3"][f"Where was the {thing} before the {place}? "] = places[last - 1] if last else UNKNOWN
+    for side, place in itertools.product(OPPOSITE, PLACES):
+        for question in (f"What is {side} of the {place}?", f"What is the {place} {OPPOSITE[side]} of?"):
+            asked["qa4"][question] = lies.get((side, place), UNKNOWN)
+    for a, thing in itertools.product(people, THINGS):
+        for question in (f"Who gave the {thing}? ", f"Who received the {thing}? ", f"Who gave the {thing} to {a}? ",
+                         f"Who did {a} give the {thing} to? ", *(f"What did {a} give to {b}? " for b in people if a != b)):
+            asked["qa5"][question] = gave.get(question, UNKNOWN)
+    return asked

@@ -1,0 +1,92 @@
+"""Files that survive: what is written is whole, what is damaged is named, and a folder has one process at a time."""
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:          # Windows has none; there, nothing keeps two processes out of one folder
+    fcntl = None
+
+
+def read_text(file):
+    """The text of a UTF-8 file. Errors are ValueErrors that name the file."""
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise ValueError(f"cannot read {file}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is not UTF-8 text (byte {e.start})") from None
+    if not text.strip():
+        raise ValueError(f"{file} is empty")
+    return text
+
+
+def write_atomically(path, write):
+    """`path` holds its old content or its new one, never a part; a failure leaves no temporary file behind."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_rows(folder):
+    """The rows of metrics.jsonl. Half a last line (a power cut) is left out; ValueError names any other damage."""
+    path, rows = Path(folder, "metrics.jsonl"), []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            if n < len(lines):
+                raise ValueError(f"{path}, line {n}: damaged; delete the line to go on without it") from None
+            print(f"{path}: the last line is cut off, and left out")
+    return rows
+
+
+def add_row(folder, **row):
+    if int(os.environ.get("RANK", 0)):               # of several processes, torchrun's first one writes
+        return
+    with open(Path(folder, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def only_user(folder):
+    """ValueError if another process works in this folder. The lock of a process that died is free."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, "lock"), "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(f"--out_dir: process {file.read()} is working in {folder}; wait for it, or choose "
+                             f"another folder") from None
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        yield
+
+
+@contextmanager
+def one_line_errors(program, stopped="stopped"):
+    """Whatever the user can mend ends a program with one line, not with a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")             # a console without some character shows another
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: {stopped}")
+    except BrokenPipeError:                                  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError) as e:
+        sys.exit(f"{program}: {e}")
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in f"{e}{type(e)}".lower():
+            raise
+        sys.exit(f"{program}: out of memory; a smaller model, batch or text needs less")
