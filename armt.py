@@ -10,10 +10,10 @@ A small GPT that reads its text one segment at a time, and memories that reach f
     fam     M rows in each layer                     FAM rows, every layer       (T + M) (W T + M + T)
     lm2     a bank of M slots in each layer          slots, every layer          T^2 + 2 T M
 
-Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another.
-Depth is the loop in `Layered.forward`, one block after another. The memory is a value: it goes into a call as
-`state` and comes out as a new `state`, and no module keeps anything for itself. So "start with an empty memory"
-is `state=None`, "two questions about one book" is one state used twice, and `torch.save(state)` saves a memory.
+Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another. Depth
+is the loop in `Layered.forward`, one block after another. The memory is a value: it goes into a call as `state`
+and comes out as a new `state`, and no module keeps anything for itself. So an empty memory is `state=None`, two
+questions about one book use one state twice, and `torch.save(state)` saves a memory.
 
 Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, rows or slots (n_mem),
           C width (n_embd), L layers, H heads, d = C / H features of a head, W cached segments (window),
@@ -60,7 +60,6 @@ EMBEDDING_STD = 0.5                # embeddings and memory tokens start on the s
 
 # ------------------------------------------------------------------------------------------------------------
 # The backbone: a pre-LN GPT block with rotary positions
-# ------------------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=32)
 def rotary_angles(n, d, device, dtype):
@@ -184,7 +183,6 @@ class Layered(nn.Module):
 # none: the lower control. Nothing crosses a segment boundary; beyond one segment it can only guess.
 #
 #   carried: nothing      cost: T^2
-# ------------------------------------------------------------------------------------------------------------
 
 class NoneBlock(Block):
     def init_state(self, batch_size):
@@ -205,7 +203,6 @@ class NoMemory(Layered):
 #
 #   carried: k, v (B, H, P, d) of the P past tokens, per layer; P is 0 at first      cost: T N
 #   Positions count from the first token; only distances matter, so this equals one long segment.
-# ------------------------------------------------------------------------------------------------------------
 
 class FullBlock(Block):                              # its forward(x, past) is just what is needed here
     def init_state(self, batch_size):
@@ -229,7 +226,6 @@ class FullAttention(Layered):
 #   ablate: stop_gradient  the cache is a constant, as in Transformer-XL, so a segment cannot learn to be useful
 #                          to the next (Transformer-XL also hides all but the last W T tokens from a token; the
 #                          paper's table 8 finds no difference in that)
-# ------------------------------------------------------------------------------------------------------------
 
 class BSWABlock(FullBlock):
     """Full attention that forgets: only W T tokens stay in its cache."""
@@ -267,7 +263,6 @@ class BSWA(Layered):
 #   The state leaves at the top of a segment and enters the next at the bottom. So, unlike with the memories
 #   that stay in their layer, segment s + 1 cannot start before segment s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
-# ------------------------------------------------------------------------------------------------------------
 
 class RMT(Layered):
     """Blocks without a state of their own, around a memory that goes from top to bottom."""
@@ -309,17 +304,14 @@ class RMT(Layered):
 #               z <- z + sum_i gamma_i k_i
 #       phi     DPFP-nu: r = [relu(x), relu(-x)], phi(x) = [r * roll(r, 1), ..., r * roll(r, nu)]
 #
-#   carried: A (B, D, C) and z (B, D) per layer, zero at first; D = 2 nu d_mem
-#   cost: (T + M)^2 + (T + M) D C
+#   carried: A (B, D, C), z (B, D) per layer, zero at first; D = 2 nu d_mem     cost: (T + M)^2 + (T + M) D C
 #   rule    published: the equations above. delta: |phi(x)| = 1 and no z, so y = q A and vbar = k A, which is
 #           the authors' later form (`use_denom=False` in their code)
 #   gate    hardsigmoid is relu6(x + 3) / 6.  differs: a sigmoid is never 0, and what many segments of no
 #           importance add to A, little by little, buries what was written before
-#   ablate  no_delta  A adds up every value      elu      phi(x) = elu(x) + 1
-#           no_gamma  z adds up every key        gated_z  not an ablation: z <- z + beta gamma k, so that a
-#                                                         gate that is shut leaves all of the memory as it is
+#   ablate  no_delta: A adds up every value; no_gamma: z adds up every key; gated_z (which adds something):
+#           z <- z + beta gamma k, so that a gate that is shut leaves all of the memory as it is
 #   The memory tokens stand last and attention is causal: no text sees them, A is the only way through.
-# ------------------------------------------------------------------------------------------------------------
 
 class ARMTBlock(Block):
     """A block with an associative matrix: it reads before attention and writes after the MLP."""
@@ -328,30 +320,22 @@ class ARMTBlock(Block):
     def __init__(self, config):
         super().__init__(config)
         C, d_mem = config.n_embd, config.d_mem
-        self.n_mem, self.nu, self.rule = config.n_mem, config.nu, config.rule
+        self.n_mem, self.nu, self.rule, self.D = config.n_mem, config.nu, config.rule, 2 * config.nu * d_mem
         self.gate = F.hardsigmoid if config.gate == "hardsigmoid" else torch.sigmoid
-        self.D = d_mem if "elu" in self.ablate else 2 * config.nu * d_mem
-        self.W_Q = nn.Linear(C, d_mem, bias=False)
-        self.W_K = nn.Linear(C, d_mem, bias=False)
+        self.W_Q, self.W_K = nn.Linear(C, d_mem, bias=False), nn.Linear(C, d_mem, bias=False)
         # differs: the authors start W_V at 0, which leaves the trained GPT that they wrap unchanged. From
         # scratch that would only delay the moment at which the memory has something to say.
-        self.W_V = nn.Linear(C, C, bias=False)
-        self.w_beta = nn.Linear(C, 1)
+        self.W_V, self.w_beta = nn.Linear(C, C, bias=False), nn.Linear(C, 1)
 
     def init_state(self, batch_size):
         W = self.W_V.weight
-        dtype = torch.promote_types(W.dtype, torch.float32)      # sums of many: never below float32
-        A = W.new_zeros(batch_size, self.D, len(W), dtype=dtype)                  # (B, D, C)
+        A = W.new_zeros(batch_size, self.D, len(W), dtype=torch.promote_types(W.dtype, torch.float32))
         return (A,) if self.rule == "delta" else (A, A.new_zeros(batch_size, self.D))
 
     def phi(self, x):
         """Features >= 0 of which few overlap: (B, R, d_mem) -> (B, R, D), at least float32"""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if "elu" in self.ablate:
-            f = F.elu(x) + 1
-        else:
-            r = F.relu(torch.cat((x, -x), dim=-1))                                # (B, R, 2 d_mem)
-            f = torch.cat([r * r.roll(j, dims=-1) for j in range(1, self.nu + 1)], dim=-1)
+        r = F.relu(torch.cat((x, -x), dim=-1).to(torch.promote_types(x.dtype, torch.float32)))   # (B, R, 2 d_mem)
+        f = torch.cat([r * r.roll(j, dims=-1) for j in range(1, self.nu + 1)], dim=-1)
         return F.normalize(f, dim=-1, eps=self.eps) if self.rule == "delta" else f
 
     def read(self, x, A, z=None):
@@ -363,26 +347,25 @@ class ARMTBlock(Block):
         """Memory tokens u (B, M, C), which all see the same A and z -> new (A, z), or (A,) without z"""
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
-        if z is not None:
-            overlap = k @ z.unsqueeze(-1) + self.eps                              # (B, M, 1)
+        overlap = None if z is None else k @ z.unsqueeze(-1) + self.eps           # (B, M, 1)
         if "no_delta" not in self.ablate:
             v = v - (k @ A if z is None else k @ A / overlap)                     # v - vbar
         add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
         if z is None:
             return (A,)
-        # differs: the paper's gamma has no clip. When two tokens of a segment share a key, both add it to z, and
-        # without the clip the next segment overcorrects: 4, -8, 28, ... The authors' code clips it, too, and
-        # stops its gradient. In the first segment, where z is 0, gamma is 1.
+        # differs: the paper's gamma has no clip. When two tokens of a segment share a key, both add it to z,
+        # and without the clip the next segment overcorrects: 4, -8, 28, ... The authors' code clips it, too,
+        # and stops its gradient. In the first segment, where z is 0, gamma is 1.
         gamma = (1 - overlap / (k.square().sum(-1, keepdim=True) + self.eps)).clamp(0, 1).detach()
-        gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)
+        gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)                 # (B, M, 1)
         if "no_gamma" in self.ablate:
             gamma = torch.ones_like(gamma)
         return A, z + ((beta * gamma if "gated_z" in self.ablate else gamma) * k).sum(1)
 
     def forward(self, x, state):
         """Tokens and memory tokens x (B, T + M, C), state (A, z) or (A,) -> x, state"""
-        with torch.autocast(x.device.type, enabled=False):       # a memory is summed up in float32
+        with torch.autocast(x.device.type, enabled=False):       # a memory is a sum of many: in float32
             x = x + self.read(x, *state).to(x.dtype)  # memory tokens read, too; no LayerNorm, as published
         x, _ = super().forward(x)                                                 # (B, T + M, C)
         with torch.autocast(x.device.type, enabled=False):
@@ -391,7 +374,7 @@ class ARMTBlock(Block):
 
 class ARMT(Layered):
     """Blocks that remember, and the memory tokens (M, C) that every segment ends with."""
-    block, ablations = ARMTBlock, ("no_gamma", "no_delta", "elu", "gated_z")
+    block, ablations = ARMTBlock, ("no_gamma", "no_delta", "gated_z")
     options = dict(n_mem=4, d_mem=16, nu=3, rule="published", gate="sigmoid", mem_layers=0)
 
     def __init__(self, config):
@@ -426,7 +409,6 @@ class ARMT(Layered):
 #   as queries and as keys (the paper leaves open where the queries stand).
 #   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
 #   position offset is left out: rotary scores do not depend on it.
-# ------------------------------------------------------------------------------------------------------------
 
 class FAMBlock(BSWABlock):
     """A block whose rows go through it beside the tokens, with the same weights."""
@@ -500,7 +482,6 @@ class FAM(Layered):
 #   query tokens (as in the first author's earlier code), and each layer reads the bank it wrote before.
 #   differs: gradient crosses segments. In the published code it does not, and a token sees a mean over its
 #   whole segment, the future included (test_lm2_cannot_predict_random_tokens... shows what that does).
-# ------------------------------------------------------------------------------------------------------------
 
 class CrossAttention(nn.Module):
     """Rows of x query rows of m, all of them, without positions and without an output projection."""
@@ -567,7 +548,6 @@ class LM2(Layered):
 
 # ------------------------------------------------------------------------------------------------------------
 # The model: embedding, time loop, head
-# ------------------------------------------------------------------------------------------------------------
 
 # Add yours: MEMORIES["mine"] = Mine, a module Mine(config) with init_state(batch_size) and
 # forward(x, state) -> (h, state): one segment through all layers, final LayerNorm included.
@@ -703,22 +683,17 @@ class GPT(nn.Module):
         return self.init_state(len(text)) if state is None else state, text[:, full:]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, state=None, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, state=None, temperature=1.0):
         """
         Continue a text: idx (B, n), n >= 1 -> (B, n + max_new_tokens). The prompt is streamed, so its length
-        costs time but no memory. temperature 0 takes the likeliest token, top_k draws among the k likeliest.
+        costs time but no memory. temperature 0 takes the likeliest token.
         """
         state, tail = self.read(idx, state)
         for _ in range(max_new_tokens):
             logits, _, _ = self(tail, state=state)     # the tail, again: its segment is not complete
             logits = logits[:, -1]                                                # (B, V)
-            if top_k is not None:
-                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -torch.inf)
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)                           # (B, 1)
-            else:
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            token = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
+                F.softmax(logits / temperature, dim=-1), 1)                       # (B, 1)
             idx = torch.cat((idx, token), dim=1)
             state, tail = self.read(token, state, tail)
         return idx

@@ -332,11 +332,8 @@ def test_the_state_of_rmt_is_its_write_tokens_after_the_final_layernorm(ablate):
 
 def phi(x, words, nu):
     """DPFP-nu one number at a time: x is a list of numbers (tensors without axes), and so is the result."""
-    if "elu" in words:
-        f = [n + 1 if n > 0 else torch.exp(n) for n in x]
-    else:
-        r = [n.clamp(min=0) for n in x] + [(-n).clamp(min=0) for n in x]
-        f = [r[i] * r[i - j] for j in range(1, nu + 1) for i in range(len(r))]   # r[-1] is the last one: it rolls
+    r = [n.clamp(min=0) for n in x] + [(-n).clamp(min=0) for n in x]
+    f = [r[i] * r[i - j] for j in range(1, nu + 1) for i in range(len(r))]       # r[-1] is the last one: it rolls
     size = sum(n * n for n in f) ** 0.5
     return [n / size for n in f] if "delta" in words else f
 
@@ -346,7 +343,7 @@ def armt_by_hand(p, row, words, nu=3, gate="sigmoid"):
     The paper, token by token: row (N,) -> logits (N, V). A is a list of D vectors, z a list of D numbers. The first
     segment goes apart, as in the paper: nothing is read, vbar = 0, gamma = 1.
     """
-    D = p["memory.blocks.0.W_K.weight"].size(0) * (1 if "elu" in words else 2 * nu)
+    D = p["memory.blocks.0.W_K.weight"].size(0) * 2 * nu
     n_mem, state, logits = len(p["memory.mem"]), [None] * L, []
 
     def ask(f, A, z):
@@ -672,7 +669,6 @@ def test_greedy_generation_is_the_model_called_again_and_again(memory, ablate):
         for _ in range(2 * T + 1):
             by_hand = torch.cat((by_hand, model(by_hand)[0].argmax(-1)), dim=1)
         assert torch.equal(model.generate(idx, 2 * T + 1, temperature=0), by_hand)
-        assert torch.equal(model.generate(idx, 2 * T + 1, top_k=1), by_hand)
         state = model(idx[:, :T])[2]
         if n > T:
             assert torch.equal(model.generate(idx[:, T:], 2 * T + 1, state, temperature=0), by_hand[:, T:])
@@ -723,7 +719,6 @@ def test_the_shapes_named_in_comments_hold():
     assert block.phi(torch.zeros(B, M, d_mem)).shape == (B, M, D)
     assert block.read(torch.zeros(B, T, C), *state["armt"][0]).shape == (B, T, C)
     assert [t.shape for t in tiny("armt", "delta").init_state(B)[0]] == [(B, D, C)]
-    assert tiny("armt", "elu").init_state(B)[0][0].shape == (B, d_mem, C)
     assert armt.rotary_angles(N, 8, torch.device("cpu"), torch.float32)[0].shape == (N, 8)
     assert armt.state_map(lambda a, b: a + b, state["armt"], state["armt"])[1][1].shape == (B, D)
 
@@ -787,7 +782,7 @@ def test_batches_are_equal_in_every_process():
                            env=os.environ | dict(PYTHONHASHSEED="4321")).stdout
     assert there.strip() == fingerprint()
     places = list(itertools.product(range(3), SPLITS, range(3), range(3)))
-    batches = {recall.Recall().batch(generator(*place), 4, (8,)).context.tobytes() for place in places}
+    batches = {task_of(segment_len=4).batch(generator(*place), 4, (8,)).context.tobytes() for place in places}
     assert len(batches) == len(places) == 81                       # other seeds, splits, stages, steps: other batches
 
 
@@ -795,7 +790,9 @@ def test_batches_are_equal_in_every_process():
     (False, 1, 4, 1), (False, 1, 16, 3), (False, 1, 5, 8), (False, 1, 5, 16), (False, 2, 40, 7), (False, 2, 256, 1),
     (True, 1, 30, 1), (True, 1, 6, 16), (True, 1, 3, 9), (True, 2, 50, 5), (True, 1, 1, 1)])
 def test_a_slow_replay_gives_the_answers_of_recall(rewrite, key_size, n_pairs, n_questions):
-    batch = recall.Recall(key_size, n_questions, rewrite).batch(generator(0, "train"), 30, (n_pairs,))
+    made = task_of(task="rewrite" if rewrite else "remember", key_size=key_size, questions=n_questions,
+                   segment_len=key_size + 3)
+    batch = made.batch(generator(0, "train"), 30, (n_pairs,))
     every_key = list(itertools.product(range(1, 17), repeat=key_size))
     assert batch.context.shape == (30, n_pairs, key_size + 3)                           # one pair is one segment
     assert batch.questions.shape == (30, n_questions, key_size + 1)
@@ -815,11 +812,11 @@ def test_a_slow_replay_gives_the_answers_of_recall(rewrite, key_size, n_pairs, n
 
 
 def test_recall_asks_for_every_pair_alike():
-    batch = recall.Recall().batch(generator(0, "train"), 4000, (4,))
+    batch = task_of(segment_len=4, questions=1).batch(generator(0, "train"), 4000, (4,))
     age = (batch.context[..., 0] == batch.questions[:, :, 0]).argmax(1)
     assert np.abs(np.bincount(age) / 4000 - 1 / 4).max() < 0.03
     assert np.abs(np.bincount(batch.answers[:, 0, 0])[1:] / 4000 - 1 / 16).max() < 0.02
-    batch = recall.Recall(rewrite=True).batch(generator(0, "train"), 4000, (20,))
+    batch = task_of(task="rewrite", segment_len=4, questions=1).batch(generator(0, "train"), 4000, (20,))
     keys = batch.context[..., 0]
     written = (keys == batch.questions[:, :, 0]).sum(1)                                 # how often the asked key was
     fair = [20 / len(set(row)) for row in keys.tolist()]                                # were keys drawn, not pairs
@@ -1345,7 +1342,7 @@ def test_a_batch_asks_what_its_stories_tell_and_an_evaluation_what_the_files_ask
     n_facts, kinds = set(), []
     for step in range(30):
         batch = made.batch(generator(0, "train", 0, step), 5, (8, 160))
-        assert batch.questions.shape[:2] == (5, 6) and batch.context.shape[2] == (align or 64)
+        assert batch.questions.shape[:2] == (5, 8) and batch.context.shape[2] == (align or 64)
         for context, questions, answers in zip(*batch):
             ids = context.ravel().tolist()
             facts, asked = sentences(ids), {}
@@ -1383,12 +1380,14 @@ def test_released_samples_are_read_and_asked_and_bad_ones_named(tmp_path):
     file = tmp_path / "qa1_1k.jsonl"
     good = dict(input="A line\u2028of text. Mary went to the office.", question="Where is Mary? ", target="office")
     file.write_text("\ufeff" + "\n".join(json.dumps(good, ensure_ascii=False) for _ in range(3)) + "\n", encoding="utf-8")
-    config = train.Config(task="qa1+qa2", eval_text=[str(file)])
+    config = train.Config(task="qa1", eval_text=[str(file)])
     task = make_task(config)
+    with pytest.raises(ValueError, match="--task"):
+        task_of(task="qa1+qa2", eval_text=[str(file)]).cells(config)
     cells = task.cells(config)
     questions, left_out = task.questions(cells[0])
     assert len(questions) == 3 and left_out == 0 and spoken(questions[0].question) == "Where is Mary?"
-    assert {cell["part"] for cell in cells} == {"qa1", "qa2"} and "qa1_1k.jsonl" in cells[0]["length"]
+    assert [cell["part"] for cell in cells] == ["qa1"] and "qa1_1k.jsonl" in cells[0]["length"]
     for bad in ("{", "[1, 2]", json.dumps({**good, "target": "moon"}), json.dumps({"input": "x"}), "[" * 100000):
         file.write_text(bad)
         with pytest.raises(ValueError, match="qa1_1k.jsonl"):
@@ -1503,11 +1502,11 @@ def test_the_price_is_zero_for_a_memory_that_nothing_changes_and_the_documented_
         for block in model.memory.blocks if memory == "armt" else ():
             nn.init.zeros_(block.w_beta.weight)
             nn.init.constant_(block.w_beta.bias, -3.0)
-        _, written, _, _ = train.BatchLoss(model, 1.0, "cpu")(made.batch(rng, 4, (3, 20)))
+        _, written, _, _ = train.BatchLoss(model, "cpu")(made.batch(rng, 4, (3, 20)), 1.0)
         assert written == 0
     model = tiny("armt", vocab_size=made.vocab_size, segment_len=8)
     batch = made.batch(rng, 4, (3, 20))
-    loss, written, row, correct = train.BatchLoss(model, 0.5, "cpu")(batch)
+    loss, written, row, correct = train.BatchLoss(model, "cpu")(batch, 0.5)
     state, by_hand = model.init_state(4), 0.0
     for segment in torch.from_numpy(batch.context).unbind(1):
         _, _, new = model(segment, state=state)
@@ -1518,7 +1517,7 @@ def test_the_price_is_zero_for_a_memory_that_nothing_changes_and_the_documented_
         state = new
     assert written.item() == pytest.approx(by_hand, rel=1e-4) and by_hand > 0.1
     assert len(row) == len(correct) == (batch.answers >= 0).sum()
-    assert train.BatchLoss(model, 0.0, "cpu")(batch)[0].item() == pytest.approx(loss.item())
+    assert train.BatchLoss(model, "cpu")(batch)[0].item() == pytest.approx(loss.item())
 
 
 @pytest.mark.parametrize("extra", [["--muon_lr", "0"], ["--memory", "fam", "--window", "1", "--clip", "0"],
@@ -1801,7 +1800,7 @@ def shelf(tmp_path, monkeypatch):
 
 
 def test_a_download_brings_checked_files_and_clean_books_and_continues_where_it_broke_off(shelf, capsys):
-    for limit in (len(Shelf.files["/babi.tar.gz"]) // 3, 300):
+    for limit in [len(Shelf.files["/babi.tar.gz"]) // 3] * 2:
         Shelf.limit = limit
         assert "continues" in fails(capsys, download.main, "--out_dir", shelf)
         assert not (shelf / "babi").exists() and not (shelf / "babi.tar.gz").exists()

@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from armt import GPT, MEMORIES, GPTConfig, checked, state_floats, state_map, tensors
+from armt import GPT, MEMORIES, OPTIONAL, GPTConfig, checked, state_floats, state_map, tensors
 from data import chunks, defaults, fill, generator, make_task, numbers
 from data.files import add_row, one_line_errors, only_user, read_rows, write_atomically
 
@@ -55,7 +56,7 @@ class Config(GPTConfig):
     stage_steps: int = 3000         # most steps of any stage but the last; when they are used up, the run ends
     learned: float = 0.98           # running accuracy, of the worst part of the task, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
-    price: float = 0.0              # price of writing: weight in the loss of what segments change in the memory
+    price: float = 0.0              # price of writing: weight, in the last stage, of what segments change in memory
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
@@ -134,7 +135,7 @@ def grid(like, given):
         chosen = dict(zip(given, values))
         c = Config(**{**defaults(chosen.get("task", base.get("task", Config.task))), **base, **chosen})
         options = getattr(MEMORIES.get(c.memory), "options", {})
-        for name in ("n_mem", "d_mem", "nu", "rule", "gate", "window", "mem_layers"):
+        for name in OPTIONAL:
             if name not in chosen and name not in options:       # a task, or --like, has it for another memory
                 setattr(c, name, None)
         try:
@@ -221,11 +222,11 @@ def read_config(path):
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         saved = saved.get("config", saved)
-        if "beta" in saved:                              # up to commit c808c54
-            armt, delta = saved["memory"] == "armt", saved["ablate"] == "unit+no_denom"
-            saved |= dict(vocab=saved["words"], align=saved.get("align", 0) * saved["segment_len"])
-            saved |= dict(nu=3 if armt else None, gate=saved["beta"] if armt else None, mem_layers=None,
-                          rule="delta" if delta else "published" if armt else None)
+        if "words" in saved:                             # up to commit c808c54
+            delta, options = saved["ablate"] == "unit+no_denom", MEMORIES[saved["memory"]].options
+            saved |= dict(vocab=saved["words"], align=saved.get("align", 0) * saved["segment_len"], mem_layers=None,
+                          gate=saved.get("beta", "sigmoid"), rule="delta" if delta else "published")
+            saved |= {name: None for name in OPTIONAL if name not in options}
             saved["ablate"] = "nothing" if delta else saved["ablate"]
         known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
         wrong = [f.name for f in fields(Config) if f.name in known and not isinstance(
@@ -285,11 +286,11 @@ def ask(model, questions, answers, state):
 class BatchLoss(torch.nn.Module):
     """What a step computes, as a module, so that DistributedDataParallel can wrap it."""
 
-    def __init__(self, model, price, device):
+    def __init__(self, model, device):
         super().__init__()
-        self.model, self.price, self.device = model, price, device
+        self.model, self.device = model, device
 
-    def forward(self, batch):
+    def forward(self, batch, price=0.0):
         """
         Read a Batch once, then ask every question about it: mean loss of the questions, price of what was written,
         and as numpy arrays (q,) the row of each question and whether its answer was correct.
@@ -301,20 +302,21 @@ class BatchLoss(torch.nn.Module):
         state, written = self.model.init_state(len(context)), torch.zeros((), device=self.device)
         for segment in context.unbind(1):
             _, new = self.model.memory(self.model.wte(segment), state)
-            if self.price:
-                written = written + self.price * change(state, new).mean()
+            if price:
+                written = written + price * change(state, new).mean()
             state = new
         asked = torch.from_numpy(row).to(self.device)
         logits, loss = ask(self.model, questions, answers, state_map(lambda s: s[asked], state))
         return loss, written, row, (logits.argmax(-1) == answers).all(1).cpu().numpy()
 
 
-def compiled(model, shape):
-    """Give `model` compiled code for segments of one shape (rows, T); others go through the usual code."""
+def compiled(model, shapes):
+    """Give `model` compiled code for segments of these shapes (rows, T); others go through the usual code."""
+    warnings.filterwarnings("ignore", module="torch._dynamo")
     on_gpu = model.lm_head.weight.device.type == "cuda"
     usual = model.memory.forward
     fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None)       # CUDA graphs
-    model.memory.forward = lambda x, state: (fast if x.shape[:2] == shape else usual)(x, state)
+    model.memory.forward = lambda x, state: (fast if x.shape[:2] in shapes else usual)(x, state)
     print("compiling: the first steps take minutes")
 
 
@@ -334,7 +336,7 @@ def train(c, model, task, device, optimizers, p):
     progress: whatever a step changes is in it, in the model or in the optimizers, and so in the checkpoint.
     """
     stages, parts, stop, failed, saved = numbers("stages", c.stages), task.rows, [], 0, time.time()
-    names, batch_loss = ["/".join(map(str, stage)) for stage in stages], BatchLoss(model, c.price, device)
+    names, batch_loss = ["/".join(map(str, stage)) for stage in stages], BatchLoss(model, device)
     if WORLD > 1:
         batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
@@ -353,7 +355,7 @@ def train(c, model, task, device, optimizers, p):
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
-            loss, written, row, correct = batch_loss(mine)
+            loss, written, row, correct = batch_loss(mine, c.price if last else 0.0)
         (loss * share + written).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
         failed = 0 if norm.isfinite() else failed + 1
@@ -387,7 +389,7 @@ def train(c, model, task, device, optimizers, p):
         bar.update()
         if p["step"] % 25 == 0 or p["done"] or stage != p["stage"]:
             add_row(c.out_dir, kind="train", step=p["step"], stage=names[stage], seconds=round(p["seconds"], 2),
-                    loss=round(loss, 5), written=round(written.item(), 5),
+                    loss=round(loss, 5) if math.isfinite(loss) else None, written=round(written.item(), 5),
                     accuracy={part: round(right, 4) for part, right in shares.items()})
         if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
             save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers], progress=p)
@@ -415,7 +417,7 @@ def answer(model, questions, device, bar):
     return ask(model, torch.from_numpy(asked).to(device), torch.from_numpy(answers).to(device), state)[0].argmax(-1).tolist()
 
 
-def evaluate(c, model, task, device):
+def evaluate(c, model, task, device, answer=answer):
     """One row of metrics.jsonl for each part of the task at each length; rows that are there are not made again."""
     model.config.segment_len = c.align or c.segment_len
     done = [row["cell"] for row in read_rows(c.out_dir) if row["kind"] == "eval"]
@@ -479,7 +481,7 @@ def one_run(c):
           f"{sizes['state_floats']:,} floats carried{' for each token' * (c.memory == 'full')}; {device}, "
           f"{sizes['threads']} threads, torch {sizes['torch']}")
     if c.compile:
-        compiled(model, (c.batch_size // WORLD, c.align or c.segment_len))
+        compiled(model, {(c.batch_size // WORLD, T) for T in (c.align or c.segment_len, c.segment_len)})
     if not progress["done"] and not train(c, model, task, device, optimizers, progress):
         print(f"stopped at step {progress['step']} and saved; the same command continues")
         return False
@@ -495,7 +497,6 @@ def one_run(c):
 def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     like, eval_only, given = parse(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with one_line_errors("train.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)       # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
         configs = to_evaluate(given) if eval_only else grid(like, given)

@@ -123,7 +123,7 @@ def make_task(config):
     from . import babilong, passkey, recall
     defaults(config.task)
     if config.task in recall.TASKS:
-        return recall.Recall(config.key_size, config.questions, config.task == "rewrite")
+        return recall.Recall(config)
     if config.task in passkey.KINDS:
         return passkey.PassKey(config)
     return babilong.BABILong(config)

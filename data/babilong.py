@@ -31,7 +31,7 @@ TASKS = dict(
     qa3=dict(BASE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
     qa4=dict(BASE, n_mem=4, stages="2/0,2/128,2/256"),
     qa5=dict(BASE, stages="4/0,10/0,20/0,20/128,20/256"),
-    babilong=dict(BASE, learned=0.93, batch_size=64, stages="2/0,4/0,6/0,10/0,20/0,40/128,40/256", last_steps=1000))
+    babilong=dict(BASE, learned=0.93, stages="2/0,4/0,6/0,10/0,20/0,40/128,40/256", last_steps=1500))
 ALL = ["qa1", "qa2", "qa3", "qa3", "qa3", "qa4", "qa4", "qa5"]   # rows for what is slow to learn
 
 
@@ -272,17 +272,18 @@ class InText:
 class BABILong(InText):
     """
     One or more of bAbI's first five tasks in background text; what its methods do is said in data/__init__.py. A
-    stage is (most facts, most words), or (most facts,) where each fact is a segment of its own; a length is words.
-    Training stories are simulated and never those of the published test files.
+    stage is (most facts, most words), or (most facts,) where each fact is a segment of its own; a third number is the
+    percentage of batches that are cut anywhere, and not aligned. A length is words. Training stories are simulated
+    and never those of the published test files.
     """
     kind, unit = "qa", "words"
-    n_questions = 6                     # most questions to one story: reading costs more than asking
+    n_questions = 8                     # most questions to one story: reading costs more than asking
     width = 8                           # ids of a question, blanks in front included: those of the longest
 
     def __init__(self, config):
         super().__init__(config, babi.WORDS)
         self.rows, self.align, self.segment_len = parts(config.task), config.align, config.segment_len
-        self.babi_dir, self.decoys, self.dice = config.babi_dir, config.decoys, random.Random("decoys")
+        self.babi_dir, self.decoys = config.babi_dir, config.decoys
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align)
         self.ids, self.samples = {}, {}                     # what was encoded, and which stories were read, once
 
@@ -299,24 +300,25 @@ class BABILong(InText):
         """
         return fill([self.encode(text)], max(self.width, len(self.encode(text))))[0].tolist()
 
-    def tell(self, facts):
+    def tell(self, facts, align):
         """The ids of facts, as they stand in a text."""
-        return [self.words.pad(self.encode(fact), self.align) for fact in facts]
+        return [self.words.pad(self.encode(fact), align) for fact in facts]
 
-    def training_text(self):
+    def training_text(self, align):
         """The background of training, of which a share, --decoys, looks a little like facts."""
-        if not self.decoys or ("train", self.align) in self.background:
-            return self.text("train", self.align)
+        if not self.decoys or ("train", align) in self.background:
+            return self.text("train", align)
         facts = [self.encode(line.text) for part in self.rows
                  for story in babi.simulate(random.Random(0), part, 200) for line in story if line.answer is None]
-        fact_ids = {i for fact in facts for i in fact}
-        return self.text("train", self.align, lambda sentence: look_alike(self.dice, sentence, facts, fact_ids)
-                         if self.dice.random() < self.decoys else sentence)
+        fact_ids, dice = {i for fact in facts for i in fact}, random.Random("decoys")
+        return self.text("train", align, lambda sentence: look_alike(dice, sentence, facts, fact_ids)
+                         if dice.random() < self.decoys else sentence)
 
     def check(self, config, training=True):
         stages = numbers("stages", config.stages)
-        if any(len(stage) > 2 or stage[0] < 1 for stage in stages):
-            raise ValueError(f"--stages: '{config.stages}' has to be FACTS/WORDS or FACTS, such as 4/0,10/128")
+        if any(len(stage) > 3 or stage[0] < 1 or stage[2:] > (100,) for stage in stages):
+            raise ValueError(f"--stages: '{config.stages}' has to be FACTS, FACTS/WORDS or FACTS/WORDS/PERCENT, such as "
+                             f"4/0,10/128,10/256/50")
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the {config.segment_len} of --segment_len")
         for file in {*self.files * training, *self.eval_files * (max(eval_points(config))[0] > 0)} - {PROSE}:
@@ -324,14 +326,16 @@ class BABILong(InText):
                 self.released(file)
             else:
                 read_text(file)
+        self.cells(config)
         for part in dict.fromkeys(self.rows) if self.babi_dir else ():
             babi.read_stories(babi.find_file(self.babi_dir, part))
 
     def story(self, dice, part, n_facts):
         """
-        What a row is told, as texts, and up to six questions with their answers: four that the published files would
-        ask, one other that the text answers, and one whose answer is "unknown". (Half of the questions of each kind,
-        and north of a place is not told from south of it for a long time.)
+        What a row is told, as texts, and up to eight questions with their answers: four that the published files would
+        ask; three others that the text answers, each of another kind; and one whose answer is "unknown".
+        (With more of the others north of a place is not told from south of it for a long time, with fewer a thing
+        stays with who had it last.)
         """
         least = dict(qa2=2, qa3=3, qa5=2).get(part, 1)          # with fewer facts nothing of its kind can be asked
         while True:
@@ -341,38 +345,42 @@ class BABILong(InText):
                    for ask in babi.asks(part, events, about)]
             if (own or n_facts < least) and not babi.is_published(told):
                 break
-        asked = babi.everything(events)
-        others = [pair for task in asked for pair in asked[task].items() if pair[1] != babi.UNKNOWN and pair not in own]
-        unknown = [pair for pair in asked[dice.choice([part, *asked])].items() if pair[1] == babi.UNKNOWN]
-        found = [(own, 4), (others, 1), (unknown, 1)]
-        return told, [pair for pairs, most in found for pair in dice.sample(pairs, min(len(pairs), most))]
+        asked = {kind: list(pairs.items()) for kind, pairs in babi.everything(events).items()}
+        known = [[pair for pair in pairs if pair[1] != babi.UNKNOWN and pair not in own] for pairs in asked.values()]
+        unknown = [pair for pair in asked[dice.choice([part, *asked])] if pair[1] == babi.UNKNOWN]
+        found = dice.sample(own, min(len(own), 4))
+        found += [dice.choice(pairs) for pairs in dice.sample(known, len(known)) if pairs][:3]
+        return told, found + dice.sample(unknown, min(len(unknown), 1))
 
     def batch(self, rng, size, stage):
-        """`size` stories in texts of about one length, with up to six of the questions that each answers."""
-        most_facts, *most_words = stage
+        """`size` stories in texts of about one length, with up to eight questions about each."""
+        most_facts, most_words, cut = (*stage, 0, 0)[:3]
         dice = random.Random(int(rng.integers(2 ** 62)))        # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
-        length = int(sum(most_words) * rng.random() ** 2)       # short ones more often than long
+        length = int(most_words * rng.random() ** 2)            # short ones more often than long
+        align = 0 if cut and 100 * rng.random() < cut else self.align
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
             facts, found = self.story(dice, part, dice.choice([1, 2, 2, 2]) if part == "qa4" else n_facts)
-            facts = self.tell(facts)
-            if most_words:
-                own = sum(map(Words.count, facts)) if length else 0
-                facts, _ = compose(rng, facts, max(length, own), self.training_text())
+            facts = self.tell(facts, align)
+            if length:
+                own = sum(map(Words.count, facts))
+                facts, _ = compose(rng, facts, max(length, own), self.training_text(align))
             rows.append(facts)
             questions += [self.ask(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
             answers[i, :len(found), 0] = [self.words.id(answer) for _, answer in found]
         questions = fill(questions).reshape(size, self.n_questions, -1)
-        if most_words:
-            return Batch(segments([np.concatenate(row) for row in rows], self.align or self.segment_len), questions, answers)
+        if len(stage) > 1:
+            return Batch(segments([np.concatenate(row) for row in rows], align or self.segment_len), questions, answers)
         most = max(map(len, rows))
         flat = fill([fact for facts in rows for fact in [[]] * (most - len(facts)) + facts])
         return Batch(flat.reshape(size, most, -1), questions, answers)
 
     def cells(self, config):
         files = [file for file in self.eval_files if str(file).endswith((".json", ".jsonl"))]
+        if files and len(set(self.rows)) > 1:
+            raise ValueError("--task: name the one task that the released samples are of, as in --task qa1")
         points = [(f"the words of {Path(file).name}", 10 ** 6) for file in files] or eval_points(config)
         return [dict(part=part, length=length, n=n, **self.where)
                 for part in dict.fromkeys(self.rows) for length, n in points]
@@ -389,7 +397,7 @@ class BABILong(InText):
         samples, length = self.samples[key][:cell["n"]], cell["length"]
         text = self.text("eval", self.align) if length else None
         for i, sample in enumerate(samples):
-            facts = self.tell(sample.facts)
+            facts = self.tell(sample.facts, self.align)
             if not 0 < length < sum(map(Words.count, facts)):
                 context, starts = compose(generator(0, "test", length, i), facts, length, text)
                 depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))

@@ -1,6 +1,7 @@
 """Files that survive: what is written is whole, what is damaged is named, and a folder has one process at a time."""
 import json
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ except ImportError:          # Windows has none; there, nothing keeps two proces
 def read_text(file):
     """The text of a UTF-8 file. Errors are ValueErrors that name the file."""
     try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise ValueError(f"{file} is not a file with text")         # a folder, or a device without end
         text = Path(file).read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise ValueError(f"cannot read {file}: {e.strerror}") from None
@@ -76,6 +79,7 @@ def only_user(folder):
 @contextmanager
 def one_line_errors(program, stopped="stopped"):
     """Whatever the user can mend ends a program with one line, not with a traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")             # a console without some character shows another
     try:
@@ -85,7 +89,7 @@ def one_line_errors(program, stopped="stopped"):
     except BrokenPipeError:                                  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as e:
-        sys.exit(f"{program}: {e}")
+        sys.exit(f"{program}: {' '.join(str(e).split())}")
     except (MemoryError, RuntimeError) as e:
         if "memory" not in f"{e}{type(e)}".lower():
             raise

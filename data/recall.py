@@ -1,7 +1,7 @@
 """
 Associative retrieval (ARMT, appendix C; sizes and format as in the authors' scripts). Keys and values are written in
-an alphabet of 16 symbols. One pair is one segment, and the question is a segment of its own, so that whatever is
-known about a pair has crossed a segment boundary:
+an alphabet of 16 symbols. With the default --segment_len a pair is a segment. The question is a segment of its own, so
+that whatever is known about a pair has crossed a segment boundary:
 
     [k_1 .. k_s  :  v  ;]  [k_1 .. k_s  :  v  ;]  ...  [k_1 .. k_s  ?] -> v
 
@@ -10,7 +10,7 @@ known about a pair has crossed a segment boundary:
 """
 import numpy as np
 
-from . import Batch, Question, eval_points, generator, numbers
+from . import Batch, Question, eval_points, generator, numbers, segments
 
 ALPHABET = 16
 SYMBOLS = np.arange(1, ALPHABET + 1)            # ids of the symbols; 0 is the blank
@@ -42,8 +42,9 @@ class Recall:
     """The task; what its methods do is said in data/__init__.py. A stage is (pairs,), a length is pairs."""
     vocab_size, vocab, kind, unit, rows = VOCAB_SIZE, [], "recall", "pairs", [""]
 
-    def __init__(self, key_size=1, n_questions=1, rewrite=False):
-        self.key_size, self.n_questions, self.rewrite = key_size, n_questions, rewrite
+    def __init__(self, config):
+        self.key_size, self.n_questions, self.segment_len = config.key_size, config.questions, config.segment_len
+        self.rewrite = config.task == "rewrite"
 
     def check(self, config, training=True):
         for flag, values in (("stages", numbers("stages", config.stages)),
@@ -54,7 +55,7 @@ class Recall:
                 raise ValueError(f"--{flag}: {max(values)[0]} different keys need a --key_size above {self.key_size}")
 
     def batch(self, rng, size, stage, n_questions=None):
-        """`size` samples of n pairs with n_questions questions each; context (B, n, key_size + 3)."""
+        """`size` samples of n pairs, with n_questions questions each."""
         (n_pairs,), n_keys = stage, ALPHABET ** self.key_size
         n_questions = n_questions or self.n_questions
         if self.rewrite:
@@ -76,7 +77,7 @@ class Recall:
         where = np.take_along_axis(latest, asked, axis=1)                                                # (B, Q)
         answers = np.where(where >= 0, SYMBOLS[np.take_along_axis(values, where, axis=1)], -1)
         questions = np.concatenate((spell(asked, self.key_size), np.full((*asked.shape, 1), ASK)), axis=-1)
-        return Batch(pairs, questions, answers[..., None])
+        return Batch(segments(pairs.reshape(size, -1), self.segment_len), questions, answers[..., None])
 
     def cells(self, config):
         return [dict(length=length, n=n) for length, n in eval_points(config)]

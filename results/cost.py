@@ -1,0 +1,190 @@
+"""
+What each memory costs on this machine. Times are medians of runs that take turns, so compare them by ratio.
+
+    python results/cost.py                tokens a second, reading and training, and floats carried, at the recall size
+    python results/cost.py --size gpt2    the same at the size of GPT-2 small, reading only
+    python results/cost.py --authors      ARMT beside a loop written from the paper in the manner of the authors' module
+    python results/cost.py --launches     kernels launched for each layer and segment, forward and backward
+    python results/cost.py --words 10k,1M,10M       seconds and memory of sample.py, per word read
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TOP = Path(__file__).parent.parent
+sys.path.insert(0, str(TOP))
+import torch                                                              # noqa: E402
+from torch.nn import functional as F                                      # noqa: E402
+from tqdm import tqdm                                                     # noqa: E402
+
+from armt import GPT, MEMORIES, GPTConfig, state_floats                   # noqa: E402
+from data.files import one_line_errors                                    # noqa: E402
+
+SIZES = dict(recall=(dict(n_layer=4, n_embd=128, n_head=4, segment_len=6, vocab_size=128), 64, 50),
+             gpt2=(dict(n_layer=12, n_embd=768, n_head=12, segment_len=512, vocab_size=50257), 1, 4))
+
+
+def medians(works, rounds=7):
+    """{name: median seconds} of functions that take turns."""
+    times = {name: [] for name in works}
+    for i in tqdm(range(rounds + 1), desc="timing", leave=False):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - began] * (i > 0)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def models(size, device, memories):
+    config, B, segments = SIZES[size]
+    idx = torch.randint(100, (B, segments * config["segment_len"]), device=device)
+    made = {}
+    for name in memories:
+        torch.manual_seed(0)
+        own = dict(d_mem=32 if size == "recall" else 64) if name == "armt" else {}
+        made[name] = GPT(GPTConfig(memory=name, **config, **own)).to(device)
+    return made, idx
+
+
+def costs(size, device):
+    """Print a line for each memory."""
+    made, idx = models(size, device, MEMORIES)
+    with torch.no_grad():
+        reading = medians({name: lambda m=m: m(idx) for name, m in made.items()}, rounds=5)
+        floats = {name: state_floats(m(idx)[2]) // len(idx) for name, m in made.items()}
+    training = {}
+    if size == "recall":
+        training = medians({name: lambda m=m: m(idx, idx)[1].backward() for name, m in made.items()}, rounds=3)
+    print(f"{SIZES[size][0]}, {idx.size(0)} rows of {idx.size(1):,} tokens; {device}, {torch.get_num_threads()} threads")
+    print("memory   parameters  state floats  tokens/s reading  over none" + "  tokens/s training  over none" * bool(training))
+    for name, m in made.items():
+        row = f"{name:6}{m.n_params():13,}{floats[name]:14,}{idx.numel() / reading[name]:18,.0f}{reading[name] / reading['none']:11.2f}"
+        if training:
+            row += f"{idx.numel() / training[name]:19,.0f}{training[name] / training['none']:11.2f}"
+        print(row + " (its state grows)" * (name == "full"))
+
+
+class Authors(torch.nn.Module):
+    """ARMT's equations in the manner of the published module: einsum over (B, M, D, C), and all logits kept."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, targets=None):
+        model, logits, memory = self.model, [], {}
+        for segment in idx.split(model.config.segment_len, dim=1):
+            x = torch.cat((model.wte(segment), model.memory.mem.expand(len(idx), -1, -1)), dim=1)
+            for layer, block in enumerate(model.memory.blocks):
+                if layer in memory:
+                    A, z = memory[layer]
+                    q = block.phi(block.W_Q(x))
+                    x = x + torch.einsum("btd,bdc->btc", q, A) / (torch.einsum("btd,bd->bt", q, z)[..., None] + 1e-5)
+                x, _ = super(type(block), block).forward(x)
+                u = x[:, -block.n_mem:]
+                k, v, beta = block.phi(block.W_K(u)), block.W_V(u), torch.sigmoid(block.w_beta(u))
+                if layer in memory:
+                    c = torch.einsum("bmd,bd->bm", k, z)[..., None] + 1e-5
+                    v = v - torch.einsum("bmd,bdc->bmc", k, A) / c
+                    gamma = (1 - c / (k.square().sum(-1, keepdim=True) + 1e-5)).clamp(0, 1).detach()
+                else:
+                    A, z, gamma = 0, 0, 1
+                memory[layer] = A + torch.einsum("bmd,bmc->bmdc", k, beta * v).sum(1), z + (gamma * k).sum(1)
+            logits.append(model.lm_head(model.memory.ln_f(x)[:, :segment.size(1)]))
+        logits = torch.cat(logits, dim=1)
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def against_authors(device):
+    """Print how many times faster armt.py reads and trains than that, usual and compiled."""
+    made, idx = models("recall", device, ["armt"])
+    ours, theirs = made["armt"], Authors(made["armt"])
+    targets = torch.full_like(idx, -1)
+    targets[:, -1] = idx[:, -1]
+    assert torch.allclose(ours(idx)[0], theirs(idx)[0][:, -1:], atol=1e-3)
+    whole = F.cross_entropy
+    F.cross_entropy = lambda *a, **k: whole(*a, **{**k, "ignore_index": -1})
+    usual = ours.memory.forward
+    fast = torch.compile(usual, dynamic=False)
+
+    def compiled(work):
+        ours.memory.forward = fast
+        work()
+        ours.memory.forward = usual
+    read, train = lambda: ours(idx), lambda: ours(idx, targets)[1].backward()
+    with torch.no_grad():
+        reading = medians(dict(theirs=lambda: theirs(idx), ours=read, compiled=lambda: compiled(read)))
+    training = medians(dict(theirs=lambda: theirs(idx, targets)[1].backward(), ours=train, compiled=lambda: compiled(train)))
+    for what, times in (("reading", reading), ("training", training)):
+        print(f"{what}: theirs {1000 * times['theirs']:.0f} ms; ours {times['theirs'] / times['ours']:.2f} times as fast, "
+              f"compiled {times['theirs'] / times['compiled']:.2f}")
+
+
+def launches():
+    """Print kernels launched per layer and segment, forward and backward: operators that compute, as the profiler sees."""
+    from torch.profiler import ProfilerActivity, profile
+    views = ("view", "reshape", "transpose", "as_strided", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "chunk",
+             "split", "narrow", "alias", "unflatten", "flatten", "permute", "empty", "resize", "to", "t", "mT", "result_type",
+             "linear", "matmul", "layer_norm", "scaled_dot_product_attention", "unbind", "ones_like", "zeros_like", "new_zeros")
+    made, idx = models("recall", "cpu", MEMORIES)
+    for name, m in made.items():
+        counts = []
+        for n in (4, 8):
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                m(idx[:, :6 * n], idx[:, :6 * n])[1].backward()
+            counts.append(sum(e.count for e in seen.key_averages() if e.key.startswith("aten::")
+                              and e.key[6:].strip("_") not in views and not e.key.endswith(("_backward", "backward0"))))
+        print(f"{name:6} {(counts[1] - counts[0]) / 4 / m.config.n_layer:6.0f}")
+
+
+def words(lengths):
+    """Print seconds and peak memory of a process that reads the built-in prose with the shipped memory."""
+    from data import babilong, numbers
+    text = babilong.prose(20000, seed="cost")
+    print("words       microseconds a word   MB at most")
+    for (n,) in numbers("words", lengths):
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as file:
+            per = len(babilong.Words().split(text)) - text.count(".") - text.count("?")
+            for _ in range(n // per):
+                file.write(text + "\n")
+            file.write(text[:int(len(text) * (n % per) / per)])
+        code = ("import resource, sys, time; sys.argv = ['sample.py']; import sample; t = time.time(); "
+                f"sample.main(['--read', {file.name!r}, '--ask', 'Where is Mary?', '--json']); "
+                "print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+        out = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True).stdout
+        seconds, peak = map(float, out.split("\n")[1].split())
+        os.unlink(file.name)
+        print(f"{n:<12,}{1e6 * seconds / n:18.1f}{peak:13,.0f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python results/cost.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="recall")
+    parser.add_argument("--authors", action="store_true")
+    parser.add_argument("--launches", action="store_true")
+    parser.add_argument("--words", default="", metavar="LENGTHS")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    torch.set_flush_denormal(True)
+    with one_line_errors("cost.py"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if args.authors:
+            against_authors(device)
+        elif args.launches:
+            launches()
+        elif args.words:
+            words(args.words)
+        else:
+            costs(args.size, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""
+Draw the figures from the rows in results/: python results/figures.py. Needs matplotlib (pip install matplotlib).
+
+One colour, line and marker for each memory, in every figure; they differ in grey, too.
+"""
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+from data.files import one_line_errors                                    # noqa: E402
+from data.recall import stored_pairs                                      # noqa: E402
+from table import read_runs                                               # noqa: E402
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    raise ImportError("figures need matplotlib: pip install matplotlib") from None
+
+HERE = Path(__file__).parent
+LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"), rmt=("#0066cc", "-", "o"),
+            armt=("#d62728", "-", "D"), fam=("#2a9d3a", "--", "^"), lm2=("#8e44ad", "-.", "P"))
+# BABILong, table 4 (up to 16k tokens), and ARMT, table 1 (beyond: mean and standard deviation of three runs)
+PAPER = {"ARMT (137M)": {1e3: (99, 0), 4e3: (100, 0), 16e3: (100, 0), 128e3: (99.9, .2), 1e6: (98.5, 1.0), 1e7: (89.4, 8.1),
+                         5e7: (49.6, 40.4)}}
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "armt",
+                     "figure.dpi": 100})
+
+
+def look(memory):
+    colour, line, marker = LOOK.get(memory, ("#444444", "-", "."))
+    return dict(color=colour, linestyle=line, marker=marker, label=memory)
+
+
+def by_length(runs):
+    """{length: [accuracy in per cent of each seed]}"""
+    found = {}
+    for run in runs:
+        for row in run["eval"]:
+            if row["accuracy"] is not None:
+                found.setdefault(row["cell"]["length"], []).append(100 * row["accuracy"])
+    return dict(sorted(found.items()))
+
+
+def groups(folder, keep=lambda name, config: True):
+    found = {}
+    for name, run in read_runs(folder):
+        if keep(name, run["config"]):
+            found.setdefault(name, []).append(run)
+    return found
+
+
+def line(axis, cells, **style):
+    """Mean over seeds, and from the worst to the best seed as a shade."""
+    x = [max(n, 0.5) for n in cells]
+    axis.fill_between(x, [min(v) for v in cells.values()], [max(v) for v in cells.values()], color=style["color"], alpha=0.12)
+    axis.plot(x, [statistics.mean(v) for v in cells.values()], **style)
+
+
+def save(figure, name):
+    figure.tight_layout()
+    figure.savefig(HERE / "figures" / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+    print(HERE / "figures" / f"{name}.svg")
+
+
+def pairs():
+    """Accuracy against the number of pairs and of updates, one line a memory."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for axis, task, title in zip(axes, ("remember", "rewrite"), ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
+        for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
+            line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
+        axis.set_xscale("log", base=2)
+        axis.axhline(6.25, color="#bbbbbb", linewidth=1)
+        axis.set(xlabel=title, ylim=(-2, 103))
+    axes[0].set_ylabel("accuracy, % (mean, and all of three seeds)")
+    axes[1].legend(ncol=2, frameon=False, fontsize=9)
+    save(figure, "pairs")
+
+
+def words():
+    """BABILong: accuracy against words read, beside the paper's rows."""
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
+    for axis, part in zip(axes, ("qa1", "qa2", "qa3", "qa4", "qa5")):
+        for align, style in ((8, dict(color="#d62728", linestyle="-", marker="D", label="sentences begin segments")),
+                             (0, dict(color="#ff8c00", linestyle="--", marker="o", label="cut anywhere, 64 tokens"))):
+            runs = [dict(eval=[row for row in run["eval"] if row["cell"].get("part") == part and row["cell"]["align"] == align])
+                    for _, run in read_runs(HERE / "babilong") if run["config"]["task"] == "babilong"]
+            if any(run["eval"] for run in runs):
+                line(axis, by_length(runs), **style)
+        if part == "qa1":
+            for name, points in PAPER.items():
+                axis.errorbar(list(points), [m for m, _ in points.values()], [s for _, s in points.values()], color="#0066cc",
+                              marker="s", linestyle=":", capsize=3, label=f"paper, {name}")
+            axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.set_xscale("symlog", linthresh=500)
+        axis.set(title=part, xlabel="words (paper: tokens)", ylim=(0, 104))
+    axes[0].set_ylabel("accuracy, %")
+    save(figure, "words")
+
+
+def curve():
+    """Loss against steps: the plateau, and the stages of the curriculum."""
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    _, run = next((name, run) for name, run in read_runs(HERE / "compare") if name == "remember-rmt")
+    steps, loss, stages = zip(*((row["step"], row["loss"], row["stage"]) for row in run["curve"]))
+    axis.plot(steps, loss, color=LOOK["rmt"][0])
+    for stage in dict.fromkeys(stages):
+        first = steps[stages.index(stage)]
+        axis.axvline(first, color="#cccccc", linewidth=1)
+        axis.text(first, 3.0, f" {stage}", fontsize=10, va="top")
+    axis.axhline(0.6931, color="#888888", linestyle=":")
+    axis.text(steps[-1], 0.72, "ln 2: one of the two values seen", ha="right", fontsize=9)
+    axis.set(xlabel="step (a line begins a stage, with its pairs)", ylabel="loss", ylim=(0, 3.1))
+    save(figure, "curve")
+
+
+def written(changes, file):
+    """What each segment changed in the memory, as sample.py --written saw it."""
+    figure, axis = plt.subplots(figsize=(9, 2.6))
+    axis.vlines([i for i, size in enumerate(changes, 1) if size], 0, [size for size in changes if size], color=LOOK["armt"][0])
+    axis.set(xlim=(0, len(changes) + 1), ylim=(0, None), xlabel="segment", ylabel="change of the memory",
+             title=f"{sum(size > 0 for size in changes):,} of {len(changes):,} segments wrote")
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+    print(file)
+
+
+if __name__ == "__main__":
+    with one_line_errors("figures.py"):
+        (HERE / "figures").mkdir(exist_ok=True)
+        for draw in (pairs, words, curve):
+            try:
+                draw()
+            except (ValueError, StopIteration) as e:
+                print(f"{draw.__name__}: no rows ({e})")

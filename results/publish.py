@@ -1,0 +1,62 @@
+"""
+Keep what a run showed in one small file: its settings, its evaluation and a thinned curve.
+
+    python results/publish.py out/compare results/compare       one file for each finished run in out/compare
+    python results/publish.py --weights out/RUN DIR             config.json and float16 weights, enough to use the model
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.files import one_line_errors, write_atomically                  # noqa: E402
+from table import read_runs                                               # noqa: E402
+
+import json                                                               # noqa: E402
+
+MACHINE = ("out_dir", "device", "threads", "compile", "babi_dir")
+
+
+def thin(curve, points=60):
+    """At most so many rows of a curve, the last one of each stage among them, without what nobody draws."""
+    keep = {round(i * (len(curve) - 1) / (points - 1)) for i in range(points)} | {
+        i for i in range(len(curve)) if i + 1 == len(curve) or curve[i]["stage"] != curve[i + 1]["stage"]}
+    return [{k: v for k, v in row.items() if k != "kind"} for i, row in enumerate(curve) if i in keep]
+
+
+def as_text(run):
+    """One JSON object, a line for each setting, row and point."""
+    config = {k: [Path(x).name for x in v] if k in ("background", "eval_text") else v for k, v in run["config"].items()
+              if k not in MACHINE}
+    part = lambda rows: "[\n" + ",\n".join(f"  {json.dumps({k: v for k, v in row.items() if k != 'kind'})}" for row in rows) + "]"
+    return (f'{{"config": {json.dumps(config)},\n "final": {json.dumps(run["final"])},\n "eval": {part(run["eval"])},\n'
+            f' "curve": {part(thin(run["curve"]))}}}\n')
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python results/publish.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--weights", action="store_true", help="the weights of one run, instead of what it showed")
+    args = parser.parse_args()
+    with one_line_errors("publish.py"):
+        args.target.mkdir(parents=True, exist_ok=True)
+        if args.weights:
+            import torch
+            from train import load, save
+            config, model, _ = load(args.source)
+            for name in MACHINE:
+                setattr(config, name, type(config)().__dict__[name])
+            config.background, config.eval_text = [Path(file).name for file in config.background], []
+            save(args.target, config, model={name: p.half() for name, p in model.state_dict().items()})
+            print(f"{args.target}: {sum(p.stat().st_size for p in args.target.iterdir()):,} bytes")
+        else:
+            for name, run in read_runs(args.source):
+                path, text = args.target / f"{name}-seed{run['config']['seed']}.json", as_text(run)
+                write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+                print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""
+Print the rows of runs as tables: mean and standard deviation over seeds, one line for each kind of run.
+
+    python results/table.py out                  the runs in the folders inside out
+    python results/table.py results/compare      published results, one file for each run
+    python results/table.py results/babilong --depth     also by where the oldest fact stands that a question needs
+"""
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.files import one_line_errors, read_rows                        # noqa: E402
+
+
+def read_runs(folder):
+    """
+    All finished runs in `folder`, of either form: [(name without seed, dict(config, final, eval, curve))]. What cannot be
+    read is named in one line and left out. ValueError if nothing is left.
+    """
+    runs = []
+    for path in sorted([*Path(folder).glob("*/config.json"), *Path(folder).glob("*.json")]):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == "config.json":
+                rows = read_rows(path.parent)
+                final = [row for row in rows if row["kind"] == "final"]
+                run = dict(config=run, eval=[row for row in rows if row["kind"] == "eval"], final=final[-1] if final else None,
+                           curve=[row for row in rows if row["kind"] == "train"])
+            run["eval"] = [row for row in run["eval"] if row["cell"]]
+            name = path.parent.name if path.name == "config.json" else path.stem
+            if run["final"]:
+                runs.append((re.sub(r"-?seed\d+$", "", name) or name, run))
+            else:
+                print(f"{path.parent}: not finished, left out")
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            print(f"{path}: {str(e)[:100]}; left out")
+    if not runs:
+        raise ValueError(f"there is no finished run in {folder}")
+    return runs
+
+
+def interval(correct, n):
+    """The 95% interval of a share, in per cent (Wilson 1927)."""
+    if not n:
+        return "-"
+    z, share = 1.96, correct / n
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return f"{100 * (middle - spread) / (1 + z * z / n):.1f}-{100 * (middle + spread) / (1 + z * z / n):.1f}"
+
+
+def mean_of(rows):
+    """'95.5 +-1.0': mean accuracy of eval rows and its standard deviation, in per cent; '-' without a question."""
+    values = [100 * row["accuracy"] for row in rows if row["accuracy"] is not None]
+    spread = f" +-{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else "-"
+
+
+def pooled(rows):
+    return interval(sum(row["n"] * row["accuracy"] for row in rows if row["n"]), sum(row["n"] for row in rows))
+
+
+def cells_of(runs):
+    """{(kind of run, what was asked): (its runs, {length: eval rows})}; what was asked is a cell without length and n."""
+    found = {}
+    for name, run in runs:
+        for row in run["eval"]:
+            asked = {k: v for k, v in row["cell"].items() if k not in ("length", "n")}
+            kind = found.setdefault((name, json.dumps(asked)), ([], {}))
+            if run not in kind[0]:
+                kind[0].append(run)
+            kind[1].setdefault(row["cell"]["length"], []).append(row)
+    return found
+
+
+def print_table(runs, depth=False):
+    """One table for each task; runs of bAbI have a line for each part, and the 95% interval of all seeds' questions."""
+    for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
+        found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
+        lengths = sorted({length for _, cells in found.values() for length in cells}, key=lambda n: (isinstance(n, str), n))
+        asked = {json.dumps({k: v for k, v in json.loads(kind).items() if k != "part"}) for _, kind in found}
+        lines = []
+        for (name, kind), (mine, cells) in found.items():
+            kind, final = json.loads(kind), [run["final"] for run in mine]
+            label = f"{name} {kind.pop('part', '')}" + (f" {json.dumps(kind)}" if len(asked) > 1 else "")
+            stuck = [f["stage"] for f in final if not f["learned"]]
+            floats = "grows" if mine[0]["config"]["memory"] == "full" else f"{final[0]['state_floats']:,}"
+            lines.append([label, str(len(mine)), f"{final[0]['parameters']:,}", floats,
+                          f"{statistics.mean(f['seconds'] for f in final) / 60:.1f}",
+                          *(mean_of(cells.get(length, [])) for length in lengths),
+                          f"  (not learned: stage {', '.join(stuck)})" if stuck else ""])
+            if task.startswith(("qa", "babilong")):
+                lines.append(["  95% interval", "", "", "", "", *(pooled(cells.get(length, [])) for length in lengths), ""])
+        head = ["accuracy, %", "seeds", "parameters", "state", "minutes", *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
+        widths = [max(map(len, column)) for column in zip(head, *lines)]
+        print()
+        for line in [head, *lines]:
+            print("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:]))])
+                  + line[-1])
+        for (name, kind), (_, cells) in found.items() if depth else ():
+            for length, rows in cells.items():
+                if all("depths" in row for row in rows):
+                    fifths = [[sum(part) for part in zip(*fifth)] for fifth in zip(*(row["depths"] for row in rows))]
+                    print(f"{name} {json.loads(kind).get('part', '')} {length:,}: correct by the place of the oldest fact: "
+                          + "  ".join(f"{right}/{n} {interval(right, n)}" for n, right in fifths))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python results/table.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="folders of runs, or of published results")
+    parser.add_argument("--depth", action="store_true", help="also by the place of the oldest fact")
+    args = parser.parse_args()
+    with one_line_errors("table.py"):
+        print_table([run for folder in args.folders for run in read_runs(folder)], args.depth)
+
+
+if __name__ == "__main__":
+    main()
