@@ -310,8 +310,9 @@ class BatchLoss(torch.nn.Module):
         return loss, written, row, (logits.argmax(-1) == answers).all(1).cpu().numpy()
 
 
-def compiled(model, shapes):
-    """Give `model` compiled code for segments of these shapes (rows, T); others go through the usual code."""
+def compiled(model, c):
+    """Give `model` compiled code for the segments of full batches; others go through the usual code."""
+    shapes = {(c.batch_size // WORLD, T) for T in (c.align or c.segment_len, c.segment_len)}      # (rows, T)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     on_gpu = model.lm_head.weight.device.type == "cuda"
     usual = model.memory.forward
@@ -481,7 +482,7 @@ def one_run(c):
           f"{sizes['state_floats']:,} floats carried{' for each token' * (c.memory == 'full')}; {device}, "
           f"{sizes['threads']} threads, torch {sizes['torch']}")
     if c.compile:
-        compiled(model, {(c.batch_size // WORLD, T) for T in (c.align or c.segment_len, c.segment_len)})
+        compiled(model, c)
     if not progress["done"] and not train(c, model, task, device, optimizers, progress):
         print(f"stopped at step {progress['step']} and saved; the same command continues")
         return False
@@ -507,8 +508,10 @@ def main(argv=None):
         for c in configs:
             with only_user(c.out_dir) if RANK == 0 else nullcontext():
                 if eval_only:
-                    device = pick_device(c.device)
-                    evaluate(c, load(c.out_dir, device)[1], make_task(c), device)
+                    model = load(c.out_dir, device := pick_device(c.device))[1]
+                    if c.compile:
+                        compiled(model, c)
+                    evaluate(c, model, make_task(c), device)
                 elif not one_run(c):
                     sys.exit(130)
         print(f"next: python results/table.py {Path(configs[0].out_dir).parent}" if len(configs) > 1 else

@@ -22,7 +22,7 @@ MARKS = [".", "?", "!"]
 BUCKETS = 1024                      # ids shared by all words that are not the task's
 PROSE = "prose"                     # the name of the built-in background
 
-BASE = dict(n_layer=3, n_mem=8, rule="delta", gate="hardsigmoid", segment_len=8, align=8, decoys=0.3, batch_size=64,
+BASE = dict(n_layer=3, n_mem=8, rule="delta", gate="hardsigmoid", segment_len=8, align=8, decoys=0.3, batch_size=64, price=0.003,
             stages="4/0,10/0,10/128,10/256", last_steps=500,
             eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200")
 TASKS = dict(

@@ -18,7 +18,8 @@ TELL, ASK, END = ALPHABET + 1, ALPHABET + 2, ALPHABET + 3
 VOCAB_SIZE = END + 1
 NAMES = [" ", *"0123456789abcdef", ":", "?", ";"]        # how ids are shown
 TASKS = dict(
-    remember=dict(segment_len=4, n_head=2, stages="2,4,8,16,16", eval_lengths="2,4,8,16", eval_samples="2000"),
+    remember=dict(segment_len=4, n_head=2, batch_size=16, questions=8, stages="2,4,8,16", last_steps=100,
+                  eval_lengths="2,4,8,16", eval_samples="1000"),
     rewrite=dict(segment_len=4, n_head=2, questions=16, stages="2,4,8,16,50,50",
                  eval_lengths="16,50,100,200,500", eval_samples="500"))
 

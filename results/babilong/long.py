@@ -8,6 +8,7 @@ read side by side, and not read again by the same memory (sample.read_fast). The
 Flags are those of `train.py --eval_only`; the rows go to metrics.jsonl of the run.
 """
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -39,6 +40,8 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         for c in train.to_evaluate({**given, "batch_size": [1]}):
             with only_user(c.out_dir):
-                device = train.pick_device(c.device)
+                model = train.load(c.out_dir, device := train.pick_device(c.device))[1]
+                if c.compile:
+                    train.compiled(model, replace(c, batch_size=64))
                 QUIET.clear()
-                train.evaluate(c, train.load(c.out_dir, device)[1], make_task(c), device, answer)
+                train.evaluate(c, model, make_task(c), device, answer)
