@@ -10,10 +10,10 @@ A small GPT that reads its text one segment at a time, and memories that reach f
     fam     M rows in each layer                     FAM rows, every layer       (T + M) (W T + M + T)
     lm2     a bank of M slots in each layer          slots, every layer          T^2 + 2 T M
 
-Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another. Depth
-is the loop in `Layered.forward`, one block after another. The memory is a value: it goes into a call as `state`
-and comes out as a new `state`, and no module keeps anything for itself. So an empty memory is `state=None`, two
-questions about one book use one state twice, and `torch.save(state)` saves a memory.
+Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another.
+Depth is the loop in `Layered.forward`, one block after another. The memory is a value: it goes into a call as
+`state` and comes out as a new `state`, and no module keeps anything for itself. So an empty memory is
+`state=None`, two questions about one book use one state twice, and `torch.save(state)` saves a memory.
 
 Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, rows or slots (n_mem),
           C width (n_embd), L layers, H heads, d = C / H features of a head, W cached segments (window),
@@ -111,8 +111,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None, mask=None):
         """
-        x (B, T, C), past None or (k, v) of (B, H, P, d) each, mask None (causal) or bool (T, T) -> y (B, T, C),
-        (k, v) grown to P + T. Keys are cached before rotation, so a cache does not depend on positions.
+        x (B, T, C), past None or (k, v) of (B, H, P, d) each, mask None (causal) or bool (T, T) -> y (B, T,
+        C), (k, v) grown to P + T. Keys are cached before rotation, so a cache does not depend on positions.
         """
         q, k, v = self.project(x)                                                 # (B, H, T, d)
         if past is not None:
@@ -155,8 +155,8 @@ class Block(nn.Module):
 class Layered(nn.Module):
     """
     The depth loop, for memories whose state never leaves its layer. Such a memory is a `block` with
-    `init_state(batch_size) -> s` and `forward(x, s) -> (x, s)`. `options` are the fields of GPTConfig that the
-    memory has, with their defaults; `ablations` are the words that `ablate` may name.
+    `init_state(batch_size) -> s` and `forward(x, s) -> (x, s)`. `options` are the fields of GPTConfig that
+    the memory has, with their defaults; `ablations` are the words that `ablate` may name.
     """
     block, options, ablations = Block, {}, ()
 
@@ -218,14 +218,14 @@ class FullAttention(Layered):
 # ------------------------------------------------------------------------------------------------------------
 # bswa: block sliding window attention (Hwang et al. 2024, algorithm 1), FAM's baseline.
 #
-#   A token sees its segment up to itself, and all of the W segments before. One layer reaches back W segments,
-#   so L layers reach L W segments and no further.
+#   A token sees its segment up to itself, and all of the W segments before. One layer reaches back W
+#   segments, so L layers reach L W segments and no further.
 #
 #   carried: k, v (B, H, P, d) of the last P <= W T tokens, per layer; P is 0 at first
 #   cost: T (W + 1) T
-#   ablate: stop_gradient  the cache is a constant, as in Transformer-XL, so a segment cannot learn to be useful
-#                          to the next (Transformer-XL also hides all but the last W T tokens from a token; the
-#                          paper's table 8 finds no difference in that)
+#   ablate: stop_gradient  the cache is a constant, as in Transformer-XL, so a segment cannot learn to be
+#                          useful to the next (Transformer-XL also hides all but the last W T tokens from a
+#                          token; the paper's table 8 finds no difference in that)
 
 class BSWABlock(FullBlock):
     """Full attention that forgets: only W T tokens stay in its cache."""
@@ -292,9 +292,9 @@ class RMT(Layered):
 # ------------------------------------------------------------------------------------------------------------
 # armt: the Associative Recurrent Memory Transformer (Rodkin et al. 2024, section 2, eqs. 1-4).
 #
-#   Each layer owns a matrix A that answers "what belongs to this key?". All tokens query it before the layer;
-#   M memory tokens behind the segment write to it after the layer. To write is to correct: only what A does not
-#   yet answer is added (the delta rule), so a key keeps its last value.
+#   Each layer owns a matrix A that answers "what belongs to this key?". All tokens query it before the
+#   layer; M memory tokens behind the segment write to it after the layer. To write is to correct: only what A
+#   does not yet answer is added (the delta rule), so a key keeps its last value.
 #
 #       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y
 #       write   k = phi(u W_K)      v = u W_V      beta = sigmoid(u w_beta)
@@ -334,7 +334,7 @@ class ARMTBlock(Block):
 
     def phi(self, x):
         """Features >= 0 of which few overlap: (B, R, d_mem) -> (B, R, D), at least float32"""
-        r = F.relu(torch.cat((x, -x), dim=-1).to(torch.promote_types(x.dtype, torch.float32)))   # (B, R, 2 d_mem)
+        r = F.relu(torch.cat((x, -x), dim=-1).to(torch.promote_types(x.dtype, torch.float32)))
         f = torch.cat([r * r.roll(j, dims=-1) for j in range(1, self.nu + 1)], dim=-1)
         return F.normalize(f, dim=-1, eps=self.eps) if self.rule == "delta" else f
 
@@ -391,9 +391,9 @@ class ARMT(Layered):
 # ------------------------------------------------------------------------------------------------------------
 # fam: TransformerFAM, Feedback Attention Memory (Hwang et al. 2024, algorithm 2 and appendix B.1).
 #
-#   Each layer owns M rows that live in the same space as its tokens and go through the same weights. Tokens see
-#   the rows of the segment before. The rows see themselves and the whole segment, and what attention and MLP
-#   make of them are the rows of the next: the layer's own output is fed back to it.
+#   Each layer owns M rows that live in the same space as its tokens and go through the same weights. Tokens
+#   see the rows of the segment before. The rows see themselves and the whole segment, and what attention and
+#   MLP make of them are the rows of the next: the layer's own output is fed back to it.
 #
 #       tokens  a_t = Attention(q_t, [K_cache; K_F; K_{:t}]) + x_t       out = FF(a) + a
 #       rows    a_F = Attention(Q_F, [K_F; K]) + F                       F  <- FF(a_F) + a_F
@@ -404,9 +404,9 @@ class ARMT(Layered):
 #   ablate  no_copy        rows have no residual
 #           sum_fam        rows query with a learned vector each, and have no residual
 #           stop_gradient  as in bswa: of the cache
-#   F_0 of a layer is the learned prompt after the layers below it, run alone: what the layer below has made of
-#   the first segment would show tokens their own future. Rows stand at the last M positions before the segment,
-#   as queries and as keys (the paper leaves open where the queries stand).
+#   F_0 of a layer is the learned prompt after the layers below it, run alone: what the layer below has made
+#   of the first segment would show tokens their own future. Rows stand at the last M positions before the
+#   segment, as queries and as keys (the paper leaves open where the queries stand).
 #   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
 #   position offset is left out: rotary scores do not depend on it.
 
@@ -498,7 +498,7 @@ class CrossAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """sigmoid(x W + tanh(bank) W' + b): a number between 0 and 1 for each feature, all near sigmoid(b) at first."""
+    """sigmoid(x W + tanh(bank) W' + b): for each feature, from 0 to 1, near sigmoid(b) at first."""
 
     def __init__(self, config, bias, with_bank):
         super().__init__()
@@ -578,13 +578,14 @@ def state_floats(state):
 
 
 def checked(config):
-    """The config with its memory's defaults in place of None. ValueError names the field that does not fit."""
+    """The config with its memory's defaults in place of None. ValueError names a field that does not fit."""
     if config.memory not in MEMORIES:
         raise ValueError(f"memory: there is no '{config.memory}'; choose one of {', '.join(MEMORIES)}")
     options, words = (getattr(MEMORIES[config.memory], name, {}) for name in ("options", "ablations"))
     for name in OPTIONAL:
         if getattr(config, name) is not None and name not in options:
-            raise ValueError(f"{name}: memory '{config.memory}' has none; it has {', '.join(options) or 'no options'}")
+            raise ValueError(f"{name}: memory '{config.memory}' has none; it has "
+                             f"{', '.join(options) or 'no options'}")
     config = replace(config, **{k: v for k, v in options.items() if getattr(config, k) is None})
     for name, known in CHOICES.items():
         if getattr(config, name) not in (None, *known):
@@ -595,9 +596,9 @@ def checked(config):
         if not least <= (least if getattr(config, name) is None else getattr(config, name)) <= 65536:
             raise ValueError(f"{name}: {getattr(config, name)} is not between {least} and 65,536")
     if config.memory == "lm2" and config.n_mem > config.n_embd:
-        raise ValueError(f"n_mem: more slots than n_embd = {config.n_embd}: rows of zeros below an identity stay alike")
+        raise ValueError(f"n_mem: of more slots than n_embd = {config.n_embd}, some would start alike")
     if config.n_embd % (2 * config.n_head):
-        raise ValueError(f"n_embd: {config.n_embd} does not split into n_head = {config.n_head} heads of even size")
+        raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even size")
     for word in config.ablate.split("+"):
         if word not in ("nothing", *words) or word in ("no_gamma", "gated_z") and config.rule == "delta":
             raise ValueError(f"ablate: memory '{config.memory}' has no '{word}'; it has "
@@ -621,9 +622,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):         # as in GPT-2: 2 L branches add up in the end
                 p.data /= (2 * config.n_layer) ** 0.5
-            # differs: queries and keys start small, so attention starts flat. Drawn like the rest they look at
-            # some tokens from the start, and a random choice is slow to unlearn: `full` needed 790, 1,320 and
-            # over 2,600 steps for its first two pairs, and 460 to 570 with this.
+            # differs: queries and keys start small, so attention starts flat. Drawn like the rest they look
+            # at some tokens from the start, and a random choice is slow to unlearn: `full` needed 790, 1,320
+            # and over 2,600 steps for its first two pairs, and 460 to 570 with this.
             if name.endswith("c_attn.weight"):
                 p.data[:2 * config.n_embd] *= 0.1
 
@@ -658,7 +659,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx {tuple(idx.shape)} needs at least one token, and targets of its own shape")
         state = self.init_state(len(idx)) if state is None else state
         if not torch.is_grad_enabled():
-            state = state_map(torch.clone, state)      # memories may write into it, where no gradient needs it
+            state = state_map(torch.clone, state)     # memories may write into it, where no gradient needs it
         hidden = []
         for segment in idx.split(self.config.segment_len, dim=1):      # time: one segment after another
             h, state = self.memory(self.wte(segment), state)                      # (B, T, C)
@@ -673,8 +674,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def read(self, idx, state=None, tail=None):
         """
-        Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the state after all
-        full segments, and the last 1 to T tokens, which wait in case their segment continues.
+        Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the state after
+        all full segments, and the last 1 to T tokens, which wait in case their segment continues.
         """
         text = idx if tail is None else torch.cat((tail, idx), dim=1)
         full = max(text.size(1) - 1, 0) // self.config.segment_len * self.config.segment_len

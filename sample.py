@@ -3,15 +3,16 @@ Use a trained memory: tell it facts, let it read a book, ask.
 
     python sample.py --facts "Mary went to the kitchen." --read book.txt --ask "Where is Mary?"
     python sample.py                                          a small conversation at the prompt
-    python sample.py --facts "..." --read book.txt --written written.png     which segments wrote to the memory
+    python sample.py --facts "..." --read book.txt --written written.png     which segments wrote
     python sample.py --read book.txt --save_state book.pt     read once ...
     python sample.py --load_state book.pt --ask "..."         ... ask tomorrow
-    python sample.py --out_dir out/remember-armt-seed0        recall, passkey: questions, answers and the truth
+    python sample.py --out_dir out/remember-armt-seed0        recall, passkey: samples, answers, the truth
 
-Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is kept in
-one state of fixed size; a question is answered from that state alone and leaves it as it was. The memory knows
-bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives what, and which place
-lies north, south, east or west of which. A pronoun, "!" or another name means nothing to it.
+Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is
+kept in one state of fixed size; a question is answered from that state alone and leaves it as it was. The
+memory knows bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives
+what, and which place lies north, south, east or west of which. A pronoun, "!" or another name means nothing
+to it.
 """
 import argparse
 import hashlib
@@ -45,11 +46,13 @@ quit     or Ctrl-D"""
 @torch.no_grad()
 def read_fast(model, segments, state, quiet, most=64):
     """
-    Read whole segments (S, T) from a state of one row -> (state, {index of a segment that wrote: change of memory}).
+    Read whole segments (S, T) from a state of one row -> (state, {index of a segment that wrote: change of
+    memory}).
 
-    Segments that leave the state unchanged, bit for bit, can be read side by side: read 1, 2, 4, ... rows from the
-    same state, stop at the first that writes, and continue after it. The dict `quiet` keeps which segments did not
-    write to which of the last 64 states, so that they need not be read again: give it to the next call.
+    Segments that leave the state unchanged, bit for bit, can be read side by side: read 1, 2, 4, ... rows
+    from the same state, stop at the first that writes, and continue after it. The dict `quiet` keeps which
+    segments did not write to which of the last 64 states, so that they need not be read again: give it to the
+    next call.
     """
     names, i, ahead, wrote = [segment.tobytes() for segment in segments.cpu().numpy()], 0, 1, {}
     known = quiet.setdefault(fingerprint(state), set())
@@ -88,11 +91,12 @@ def moved(before, after):
 
 
 def fingerprint(values):
-    return hashlib.sha256(b"".join(t.detach().cpu().float().numpy().tobytes() for t in tensors(values))).hexdigest()
+    numbers = b"".join(t.detach().cpu().float().numpy().tobytes() for t in tensors(values))
+    return hashlib.sha256(numbers).hexdigest()
 
 
 class Reader:
-    """A model and what it has read: the state after all whole segments, and the tail that waits for its segment."""
+    """A model and what it has read: the state after all whole segments, and the tail that is not yet one."""
 
     def __init__(self, config, model, task, device):
         self.model, self.task, self.words, self.device = model.eval(), task, task.words, device
@@ -104,26 +108,27 @@ class Reader:
     def forget(self):
         """Begin again with an empty memory."""
         self.state, self.tail, self.quiet = self.model.init_state(1), [], {}
-        self.words_read, self.n_segments, self.wrote = 0, 0, []            # wrote: (which, change, ids) of segments
+        self.words_read, self.n_segments, self.wrote = 0, 0, []      # wrote: (which, change, ids) of segments
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
         for word in self.words.unknown(text):
-            print(f"note: the task does not know '{word}'; it is read like any word of a book", file=sys.stderr)
+            note = f"note: the task does not know '{word}'; it is read like any word of a book"
+            print(note, file=sys.stderr)
 
     def tell(self, text):
         """Read a piece of text. It may stop anywhere between two words: two calls equal one."""
         ids = self.words.pad(self.words.encode(text), self.align, len(self.tail))
         self.words_read += self.words.count(ids)
         ids = self.tail + ids
-        whole = max(len(ids) - 1, 0) // self.T * self.T                    # the last segment may still continue
+        whole = max(len(ids) - 1, 0) // self.T * self.T                  # the last segment may still continue
         segments = torch.tensor(ids[:whole], dtype=torch.long, device=self.device).view(-1, self.T)
         self.state, wrote = read_fast(self.model, segments, self.state, self.quiet)
         self.wrote += [(self.n_segments + i, size, segments[i].tolist()) for i, size in wrote.items()]
         self.n_segments, self.tail = self.n_segments + len(segments), ids[whole:]
 
     def read(self, file):
-        """Read a UTF-8 file of any size, piece by piece, with a progress bar. If it fails, nothing was read."""
+        """Read a UTF-8 file of any size, piece by piece, with a bar. If it fails, nothing was read."""
         before = {name: getattr(self, name) for name in ("state", "tail", "words_read", "n_segments")}
         before["wrote"], size = list(self.wrote), os.path.getsize(file)
         try:
@@ -151,14 +156,15 @@ class Reader:
         idx, state = torch.tensor([self.task.ask(question)], device=self.device), self.state
         if not idx.any():
             raise ValueError("--ask: the question has no words")
-        if self.tail:                                                      # a segment with blanks behind, for now
+        if self.tail:                                                  # a segment with blanks behind, for now
             tail = self.tail + [0] * (self.T - len(self.tail))
             _, _, state = self.model(torch.tensor([tail], device=self.device), state=state)
         return self.model(idx, state=state)[0][0, -1].softmax(-1)
 
     def save(self, file):
         """Write the memory and the tail that waits, with the fingerprint of the model that made them."""
-        memory = dict(fingerprint=self.fingerprint, state=self.state, tail=self.tail, words_read=self.words_read)
+        memory = dict(fingerprint=self.fingerprint, state=self.state, tail=self.tail,
+                      words_read=self.words_read)
         write_atomically(file, lambda path: torch.save(memory, path))
 
     def load(self, file):
@@ -167,12 +173,13 @@ class Reader:
             memory = torch.load(file, map_location=self.device, weights_only=True)
             state, tail, words_read = (memory[name] for name in ("state", "tail", "words_read"))
             same = memory["fingerprint"] == self.fingerprint
-            fits = [(t.shape, t.dtype) for t in tensors(state)] == [(t.shape, t.dtype) for t in tensors(self.state)]
+            shapes = [[(t.shape, t.dtype) for t in tensors(s)] for s in (state, self.state)]
+            fits = shapes[0] == shapes[1]
             sound = all(t.isfinite().all() for t in tensors(state)) and 0 <= words_read < 1e15 and all(
                 0 <= int(i) < self.task.vocab_size for i in tail) and len(tail) <= self.T
         except FileNotFoundError:
             raise ValueError(f"--load_state: there is no file {file}") from None
-        except Exception:                                                  # a broken file can raise nearly anything
+        except Exception:                                            # a broken file can raise nearly anything
             raise ValueError(f"--load_state: {file} is not a memory saved by --save_state") from None
         if not same:
             raise ValueError(f"--load_state: the memory in {file} was made by another model")
@@ -191,8 +198,8 @@ def show_written(reader, file, width=72, most=5):
         written(changes, file)
     cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
-    print(f"{reader.n_segments:,} segments from left to right; {len(reader.wrote):,} wrote, and changed the memory by at "
-          f"most {top:.3g} (the height). Those that wrote most (~ is a word that is not bAbI's):")
+    print(f"{reader.n_segments:,} segments from left to right; {len(reader.wrote):,} wrote, and changed the "
+          f"memory by at most {top:.3g} (the height). Those that wrote most (~ is a word not of bAbI):")
     for i, size, ids in sorted(sorted(reader.wrote, key=lambda w: -w[1])[:most]):
         print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
 
@@ -203,9 +210,9 @@ def reply(reader, question, as_json):
     probability, best = reader.ask(question).topk(4)
     names, shares = [reader.words.name(i) for i in best.tolist()], [round(p, 4) for p in probability.tolist()]
     if as_json:
-        print(json.dumps(dict(question=question, answer=names[0], probability=shares[0], words_read=reader.words_read,
-                              alternatives=dict(zip(names[1:], shares[1:])), segments_wrote=len(reader.wrote),
-                              state_floats=state_floats(reader.state))))
+        print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
+                              alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
+                              segments_wrote=len(reader.wrote), state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
         print(f"{question}  {names[0]}  ({shares[0]:.1%}; {others})")
@@ -246,19 +253,20 @@ def show_samples(config, model, task, device, n):
     model.config.segment_len = config.align or config.segment_len
     questions, _ = task.questions(dict(length=max(numbers("stages", config.stages))[0], n=n))
     for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
-        truth = "correct" if said == list(q.answer) else f"wrong, it is {task.show(q.answer)}"
-        print(f"{task.show(np.concatenate(q.context))}  {task.show(q.question)} -> {task.show(said)}  ({truth})")
+        context, truth = task.show(np.concatenate(q.context)), task.show(q.answer)
+        truth = "correct" if said == list(q.answer) else f"wrong, it is {truth}"
+        print(f"{context}  {task.show(q.question)} -> {task.show(said)}  ({truth})")
 
 
 def make_parser():
-    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use; the one that is shipped if left out")
+    parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use (the one that is shipped)")
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
-    parser.add_argument("--samples", type=int, metavar="N", help="recall, passkey: how many samples to show (5)")
+    parser.add_argument("--samples", type=int, metavar="N", help="recall, passkey: samples to show (5)")
     parser.add_argument("--facts", default="", help="qa: sentences to tell")
     parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa: UTF-8 files to read")
-    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: questions; none, a conversation")
+    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: none, a conversation")
     parser.add_argument("--written", nargs="?", const="", metavar="FILE.png", help="qa: which segments wrote")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
     parser.add_argument("--save_state", metavar="FILE", help="qa: keep the memory in a file")
@@ -279,13 +287,13 @@ def main(argv=None):
         if not hasattr(task, "ask"):
             for name in qa:
                 if getattr(args, name) != parser.get_default(name):
-                    raise ValueError(f"--{name}: {config.task} has no text to be told; only --samples is of use here")
+                    raise ValueError(f"--{name}: {config.task} has no text to be told, only --samples")
             return show_samples(config, model, task, device, args.samples or 5)
         if args.samples:
             raise ValueError(f"--samples: {config.task} is told and asked; see --facts, --read and --ask")
         if args.save_state:
             try:
-                write_atomically(f"{args.save_state}.try", lambda path: path.touch())      # before an hour of reading
+                write_atomically(f"{args.save_state}.try", lambda path: path.touch())    # before reading
                 Path(f"{args.save_state}.try").unlink()
             except OSError as e:
                 raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror}") from None

@@ -8,9 +8,10 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --task qa1                        BABILong: who is where, told in between other text
     python train.py --like results/compare/qa1-armt-seed0.json --seed 1     the settings of another run
 
-A run is a curriculum. It begins with the easiest stage and advances when a stage is learned; in the last one the
-learning rate falls to zero; then it is evaluated, far beyond the lengths it was trained on. It lives in a folder:
-config.json, ckpt.pt, metrics.jsonl. If interrupted, the same command continues it, to exactly the same numbers.
+A run is a curriculum. It begins with the easiest stage and advances when a stage is learned; in the last one
+the learning rate falls to zero; then it is evaluated, far beyond the lengths it was trained on. It lives in a
+folder: config.json, ckpt.pt, metrics.jsonl. If interrupted, the same command continues it, to exactly the
+same numbers.
 """
 import argparse
 import inspect
@@ -42,21 +43,21 @@ from data.files import add_row, one_line_errors, only_user, read_rows, write_ato
 
 @dataclass
 class Config(GPTConfig):
-    """A run. Each field is a flag, its comment is the help. Where a task has a default of its own, that counts."""
+    """A run. Each field is a flag, and its comment the help. Defaults of the task come before these."""
     # the task
     vocab: list = ()                # set by the task: the words with ids of their own
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
-    stages: str = "2,4,8,16,16"     # the curriculum: pairs, segments (passkey), or facts/words (qa)
+    stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), or facts/words (qa)
     key_size: int = 1               # recall: symbols in a key, so 16^key_size keys
     questions: int = 4              # recall: questions asked of one read
     align: int = 0                  # qa: every sentence begins a segment, of so many tokens; 0 cuts anywhere
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
-    stage_steps: int = 3000         # most steps of any stage but the last; when they are used up, the run ends
-    learned: float = 0.98           # running accuracy, of the worst part of the task, at which a stage is learned
+    stage_steps: int = 3000        # most steps of any stage but the last; when they are used up, the run ends
+    learned: float = 0.98       # running accuracy, of the worst part of the task, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
-    price: float = 0.0              # price of writing: weight, in the last stage, of what segments change in memory
+    price: float = 0.0        # price of writing: weight, in the last stage, of what segments change in memory
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
@@ -75,10 +76,12 @@ class Config(GPTConfig):
     out_dir: str = ""               # folder of the run, or of a grid; out/TASK-MEMORY-seedN if left out
 
 
-FREE = ("eval_lengths", "eval_samples", "eval_text", "babi_dir", "device", "dtype", "compile", "threads", "out_dir")
-EVAL = (*FREE, "task", "align", "batch_size")    # FREE may change when a run is continued, EVAL in an evaluation
-LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")        # here commas make no grid
-NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", inspect.getsource(GPTConfig) + inspect.getsource(Config), re.M))
+FREE = ("eval_lengths", "eval_samples", "eval_text", "babi_dir", "device", "dtype", "compile", "threads",
+        "out_dir")                               # what may change when a run is continued
+EVAL = (*FREE, "task", "align", "batch_size")    # what may change in an evaluation
+LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
+SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
+NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
 WEIGHT_DECAY, WARMUP, LEAST_STEPS = 1e-3, 100, 25         # LEAST_STEPS of a stage
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
@@ -108,16 +111,16 @@ def parse(argv):
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
                         ["memories, the options they have, and words for --ablate (joined by +):", *about]))
-    parser.add_argument("--like", metavar="RUN", default="", help="settings of a run: its folder, or a results file")
+    parser.add_argument("--like", metavar="RUN", default="", help="settings of a run: folder or results file")
     parser.add_argument("--eval_only", action="store_true", help="evaluate the run in --out_dir")
     group = parser.add_argument_group("the model")
-    heads = {"task": "the task", "stage_steps": "training", "eval_lengths": "evaluation", "device": "the machine"}
+    heads = dict(task="the task", stage_steps="training", eval_lengths="evaluation", device="the machine")
     for f in fields(Config):
         if f.name in heads:
             group = parser.add_argument_group(heads[f.name])
         if "set by the task" not in NOTES[f.name]:
             kind = f.type if f.type in (int, float) else int if f.type == int | None else str
-            default = f" ({f.default})" if isinstance(f.default, int | float) or f.default and f.type is str else ""
+            default = f" ({f.default})" * (f.default not in ("", None) and f.type is not list)
             group.add_argument(f"--{f.name}", metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
                                nargs="+" if f.type is list else None,
                                type=kind if f.name in LISTS else comma_list(kind),
@@ -136,7 +139,7 @@ def grid(like, given):
         c = Config(**{**defaults(chosen.get("task", base.get("task", Config.task))), **base, **chosen})
         options = getattr(MEMORIES.get(c.memory), "options", {})
         for name in OPTIONAL:
-            if name not in chosen and name not in options:       # a task, or --like, has it for another memory
+            if name not in chosen and name not in options:      # a task, or --like, has it for another memory
                 setattr(c, name, None)
         try:
             configs.append(check(c, chosen))
@@ -147,8 +150,9 @@ def grid(like, given):
             print(f"skipped: {why}")
             continue
         name = [Path(like).stem.rsplit("-seed")[0]] if like else [c.task, c.memory]
-        name += [str(value) if flag == "ablate" else f"{flag}{value}" for flag, value in chosen.items() if flag == "ablate"
-                 or flag in varied and flag not in ("seed", *(() if like else ("task", "memory")))]
+        shown = {"ablate", *varied} - ({"seed"} if like else {"seed", "task", "memory"})
+        name += [str(value) if flag == "ablate" else f"{flag}{value}" for flag, value in chosen.items()
+                 if flag in shown]
         if varied or not c.out_dir:
             configs[-1].out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
     if not configs:
@@ -173,8 +177,8 @@ def to_evaluate(given):
 
 def check(c, chosen, training=True):
     """
-    The config with the memory's defaults, if it holds nothing that training or evaluation would stumble over, and
-    `chosen`, the flags that were given, all apply. Otherwise ValueError names the flag.
+    The config with the memory's defaults, if it holds nothing that training or evaluation would stumble over,
+    and `chosen`, the flags that were given, all apply. Otherwise ValueError names the flag.
     """
     ranges = dict(key_size=(1, 4), questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, 1e9),
                   learned=(0, 1), last_steps=(1, 1e9), price=(0, 1e6), batch_size=(1, 1e6), lr=(0, 100),
@@ -184,7 +188,7 @@ def check(c, chosen, training=True):
             raise ValueError(f"--{name}: {getattr(c, name)} is not between {low} and {high:,}")
     task = make_task(c)
     for name in chosen:
-        kinds = re.match("((recall|passkey|qa)(, )?)+(?=:)", NOTES[name])    # as in "qa, passkey: UTF-8 files ..."
+        kinds = re.match("((recall|passkey|qa)(, )?)+(?=:)", NOTES[name])    # as in "qa, passkey: UTF-8 ..."
         if kinds and task.kind not in kinds[0].split(", "):
             raise ValueError(f"--{name}: is for {kinds[0]}, not for {c.task}")
     if c.dtype not in ("float32", "bfloat16"):
@@ -217,15 +221,16 @@ def pick_device(name):
 # ------------------------------------------------------------------------------------------------------------
 
 def read_config(path):
-    """The Config in a run's folder or in a results file. Old names become new ones, what is gone is dropped."""
+    """The Config in a run's folder or results file. Old names become new ones, what is gone is dropped."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         saved = saved.get("config", saved)
         if "words" in saved:                             # up to commit c808c54
             delta, options = saved["ablate"] == "unit+no_denom", MEMORIES[saved["memory"]].options
-            saved |= dict(vocab=saved["words"], align=saved.get("align", 0) * saved["segment_len"], mem_layers=None,
-                          gate=saved.get("beta", "sigmoid"), rule="delta" if delta else "published")
+            saved |= dict(vocab=saved["words"], align=saved.get("align", 0) * saved["segment_len"],
+                          gate=saved.get("beta", "sigmoid"), rule="delta" if delta else "published",
+                          mem_layers=None)
             saved |= {name: None for name in OPTIONAL if name not in options}
             saved["ablate"] = "nothing" if delta else saved["ablate"]
         known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
@@ -253,11 +258,13 @@ def load(folder, device="cpu"):
     return config, model, checkpoint
 
 
-def save(folder, config, **checkpoint):
-    text = json.dumps(asdict(config), indent=1) + "\n"
+def save(c, model, optimizers, progress):
+    checkpoint = dict(model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers],
+                      progress=progress)
+    text = json.dumps(asdict(c), indent=1) + "\n"
     if RANK == 0:
-        write_atomically(Path(folder, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
-        write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
+        write_atomically(Path(c.out_dir, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(c.out_dir, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,7 +272,7 @@ def save(folder, config, **checkpoint):
 # ------------------------------------------------------------------------------------------------------------
 
 def change(old, new):
-    """How far a memory moved, measured by its size: (B,), the sum over its tensors of |new - old| / (1 + |old|)."""
+    """How far a memory moved: (B,), the sum over its tensors of |new - old| / (1 + |old|)."""
     def size(x):
         return torch.linalg.vector_norm(x.flatten(1), dim=1)                                     # (B,)
     moved = [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new))]
@@ -274,10 +281,10 @@ def change(old, new):
 
 def ask(model, questions, answers, state):
     """
-    Questions (q, n) and their answers (q, A) -> logits of the answers (q, A, V), loss. Each id of an answer is asked
-    with the correct ones before it, which a model that was correct so far has written.
+    Questions (q, n) and their answers (q, A) -> logits of the answers (q, A, V), loss. Each id of an answer
+    is asked with the correct ones before it, which a model that was correct so far has written.
     """
-    idx = torch.cat((questions, answers[:, :-1]), dim=1)                                         # (q, n + A - 1)
+    idx = torch.cat((questions, answers[:, :-1]), dim=1)                                      # (q, n + A - 1)
     targets = torch.full_like(idx, -1)
     targets[:, questions.size(1) - 1:] = answers
     return model(idx, targets, state)[:2]
@@ -292,8 +299,8 @@ class BatchLoss(torch.nn.Module):
 
     def forward(self, batch, price=0.0):
         """
-        Read a Batch once, then ask every question about it: mean loss of the questions, price of what was written,
-        and as numpy arrays (q,) the row of each question and whether its answer was correct.
+        Read a Batch once, then ask every question about it: mean loss of the questions, price of what was
+        written, and as numpy arrays (q,) the row of each question and whether its answer was correct.
         """
         context = torch.from_numpy(batch.context).to(self.device)                                # (B, S, T)
         row, which = np.nonzero(batch.answers[..., 0] >= 0)                                      # q questions
@@ -322,7 +329,7 @@ def compiled(model, c):
 
 
 def make_optimizers(model, c):
-    """[(optimizer, peak learning rate)]: Muon for the matrices between embedding and head, AdamW for the rest."""
+    """[(optimizer, peak learning rate)]: Muon for matrices between embedding and head, AdamW for the rest."""
     matrices = [p for p in model.memory.parameters() if p.ndim == 2 and min(p.shape) > 1 and c.muon_lr]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     found = [(torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY), c.lr)]
@@ -333,15 +340,17 @@ def make_optimizers(model, c):
 
 def train(c, model, task, device, optimizers, p):
     """
-    Step until the last stage is over, with a bar, a log and checkpoints. False when Ctrl-C stopped it. `p` is the
-    progress: whatever a step changes is in it, in the model or in the optimizers, and so in the checkpoint.
+    Step until the last stage is over, with a bar, a log and checkpoints. False when Ctrl-C stopped it. `p` is
+    the progress: whatever a step changes is in it, in the model or in the optimizers, and so in the
+    checkpoint.
     """
     stages, parts, stop, failed, saved = numbers("stages", c.stages), task.rows, [], 0, time.time()
     names, batch_loss = ["/".join(map(str, stage)) for stage in stages], BatchLoss(model, device)
     if WORLD > 1:
         batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
-    bar = tqdm(initial=p["step"], desc=Path(c.out_dir).name, unit="step", dynamic_ncols=True, disable=RANK > 0 or None)
+    bar = tqdm(initial=p["step"], desc=Path(c.out_dir).name, unit="step", dynamic_ncols=True,
+               disable=RANK > 0 or None)
     while not p["done"] and not stop:
         stage, last, began = p["stage"], p["stage"] + 1 == len(stages), time.time()
 
@@ -361,8 +370,8 @@ def train(c, model, task, device, optimizers, p):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
         failed = 0 if norm.isfinite() else failed + 1
         if failed == 20:
-            raise ValueError(f"the loss is not finite since step {p['step'] - 19}, in stage {names[stage]}: try a smaller "
-                             f"--lr or --muon_lr, or a smaller --clip")
+            raise ValueError(f"the loss is not finite since step {p['step'] - 19}, in stage {names[stage]}: "
+                             f"try a smaller --lr or --muon_lr, or a smaller --clip")
         for optimizer, _ in optimizers if not failed else ():
             optimizer.step()
 
@@ -374,8 +383,10 @@ def train(c, model, task, device, optimizers, p):
         loss, row, correct = sum(x for x, _, _ in found), *(np.concatenate(x) for x in [*zip(*found)][1:])
         shares = {part: float(correct[[parts[r % len(parts)] == part for r in row]].mean()) for part in parts}
 
-        # curriculum: a stage is learned when the running accuracy of its worst part is; the last one runs for last_steps
-        p["step"], p["stage_step"], p["seconds"] = p["step"] + 1, p["stage_step"] + 1, p["seconds"] + time.time() - began
+        # curriculum: a stage is learned when the running accuracy of its worst part is; the last one runs for
+        # last_steps
+        p["step"], p["stage_step"] = p["step"] + 1, p["stage_step"] + 1
+        p["seconds"] += time.time() - began
         for part, right in shares.items():
             p["sums"][part] = 0.95 * p["sums"].get(part, 0.0) + 0.05 * right
         running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # as if it had begun long ago
@@ -385,21 +396,24 @@ def train(c, model, task, device, optimizers, p):
         p["done"] = p["stage_step"] >= (c.last_steps if last else c.stage_steps)
 
         # log and checkpoint
-        bar.total = p["step"] - p["stage_step"] + (len(stages) - 1 - p["stage"]) * c.stage_steps + c.last_steps
+        to_come = (len(stages) - 1 - p["stage"]) * c.stage_steps + c.last_steps
+        bar.total = p["step"] - p["stage_step"] + to_come
         bar.set_postfix_str(f"stage {names[stage]} loss {loss:.3f} accuracy {running:.1%}", refresh=False)
         bar.update()
         if p["step"] % 25 == 0 or p["done"] or stage != p["stage"]:
-            add_row(c.out_dir, kind="train", step=p["step"], stage=names[stage], seconds=round(p["seconds"], 2),
-                    loss=round(loss, 5) if math.isfinite(loss) else None, written=round(written.item(), 5),
+            add_row(c.out_dir, kind="train", step=p["step"], stage=names[stage],
+                    seconds=round(p["seconds"], 2), written=round(written.item(), 5),
+                    loss=round(loss, 5) if math.isfinite(loss) else None,
                     accuracy={part: round(right, 4) for part, right in shares.items()})
         if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
-            save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers], progress=p)
+            save(c, model, optimizers, p)
             saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
     if p["done"] and not p["learned"]:
-        print(f"stage {names[p['stage']]} was not learned ({'--last_steps' if last else '--stage_steps'} gives it more "
-              f"time): loss {loss:.2f}, like a guess among {math.exp(min(loss, 20)):.1f} answers")
+        flag = "--last_steps" if last else "--stage_steps"
+        print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, like "
+              f"a guess among {math.exp(min(loss, 20)):.1f} answers")
     return p["done"]
 
 
@@ -409,17 +423,18 @@ def train(c, model, task, device, optimizers, p):
 
 @torch.no_grad()
 def answer(model, questions, device, bar):
-    """Read the contexts of Questions side by side, then ask each its own: the likeliest ids of the answers, (B, A)."""
-    state = None
-    for chunk in chunks([q.context for q in questions], 16 * model.config.segment_len, model.config.segment_len):
+    """Read the contexts of Questions side by side, ask each its own -> the likeliest answers, (B, A) ids."""
+    state, T = None, model.config.segment_len
+    for chunk in chunks([q.context for q in questions], 16 * T, T):
         _, _, state = model(torch.from_numpy(chunk).to(device), state=state)
         bar.update(chunk.size)
-    asked, answers = fill([q.question for q in questions]), np.array([q.answer for q in questions])
-    return ask(model, torch.from_numpy(asked).to(device), torch.from_numpy(answers).to(device), state)[0].argmax(-1).tolist()
+    asked = torch.from_numpy(fill([q.question for q in questions])).to(device)
+    answers = torch.tensor([q.answer for q in questions], device=device)
+    return ask(model, asked, answers, state)[0].argmax(-1).tolist()
 
 
 def evaluate(c, model, task, device, answer=answer):
-    """One row of metrics.jsonl for each part of the task at each length; rows that are there are not made again."""
+    """A row of metrics.jsonl for each part of the task and length. Rows that are there are not made again."""
     model.config.segment_len = c.align or c.segment_len
     done = [row["cell"] for row in read_rows(c.out_dir) if row["kind"] == "eval"]
     for cell in task.cells(c):
@@ -427,20 +442,25 @@ def evaluate(c, model, task, device, answer=answer):
             continue
         (questions, left_out), said, began = task.questions(cell), [], time.time()
         tokens = sum(len(piece) for q in questions for piece in q.context)
-        with tqdm(total=tokens, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True, leave=False) as bar:
+        with tqdm(total=tokens, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
+                  leave=False) as bar:
             for start in range(0, len(questions), c.batch_size):
                 with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
                     said += answer(model, questions[start:start + c.batch_size], device, bar)
         correct = [list(q.answer) == ids for q, ids in zip(questions, said)]
-        row = dict(cell=cell, n=len(correct), left_out=left_out, tokens=tokens, seconds=round(time.time() - began, 2),
+        row = dict(cell=cell, n=len(correct), left_out=left_out, tokens=tokens,
+                   seconds=round(time.time() - began, 2),
                    accuracy=round(np.mean(correct), 5) if correct else None)
-        if correct and questions[0].depth is not None:           # [asked, correct] in each fifth of the text
-            fifths = [min(int(5 * q.depth), 4) for q in questions]
-            row["depths"] = [[fifths.count(i), sum(ok for f, ok in zip(fifths, correct) if f == i)] for i in range(5)]
+        line = f"{cell.get('part', '')} {cell['length']} {task.unit}: -".lstrip()
+        if correct:
+            last = task.show([*questions[-1].context[-1][-20:], *questions[-1].question])[-60:]
+            line = f"{line[:-1]}{row['accuracy']:.1%} of {len(correct):,}  ...{last} -> {task.show(said[-1])}"
+            if questions[0].depth is not None:                   # [asked, correct] in each fifth of the text
+                fifths = [min(int(5 * q.depth), 4) for q in questions]
+                row["depths"] = [[fifths.count(i), sum(ok for f, ok in zip(fifths, correct) if f == i)]
+                                 for i in range(5)]
         add_row(c.out_dir, kind="eval", **row)
-        print(f"{cell.get('part', '')} {cell['length']} {task.unit}:".lstrip(), f"{row['accuracy']:.1%} of {len(correct):,}"
-              f"  ...{task.show([*questions[-1].context[-1][-20:], *questions[-1].question])[-60:]} -> {task.show(said[-1])}"
-              if correct else "-", f"({left_out} stories are longer and left out)" if left_out else "")
+        print(line + f" ({left_out} stories are longer and left out)" * (left_out > 0))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -456,12 +476,12 @@ def one_run(c):
     progress = dict(step=0, stage=0, stage_step=0, sums={}, seconds=0.0, learned=False, done=False)
     if (folder / "ckpt.pt").exists():
         saved, _, checkpoint = load(folder, device)
+        if "optimizers" not in checkpoint:
+            raise ValueError(f"--out_dir: {folder} holds weights only, for sample.py and --eval_only")
         for name in asdict(c).keys() - FREE:
             if getattr(saved, name) != getattr(c, name):
-                raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not {getattr(c, name)}; "
-                                 f"choose another --out_dir")
-        if "optimizers" not in checkpoint:
-            raise ValueError(f"--out_dir: {folder} holds weights only, to be used (sample.py, --eval_only), not trained")
+                raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not "
+                                 f"{getattr(c, name)}; choose another --out_dir")
         model.load_state_dict(checkpoint["model"])
         for (optimizer, _), state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -472,14 +492,15 @@ def one_run(c):
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
     else:
-        save(folder, c, model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers], progress=progress)
+        save(c, model, optimizers, progress)
     with torch.no_grad():
-        state = model(torch.zeros(1, max(1, (c.window or 0) * c.segment_len), dtype=torch.long, device=device))[2]
+        tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
+        state = model(torch.zeros(1, tokens, dtype=torch.long, device=device))[2]
     sizes = dict(parameters=model.n_params(), state_floats=state_floats(state), device=device,
                  threads=torch.get_num_threads(), torch=str(torch.__version__))
     options = [f"{name} {getattr(c, name)}" for name in MEMORIES[c.memory].options] + [f"ablate {c.ablate}"]
-    print(f"{folder}: {c.task}, memory {c.memory} ({', '.join(options)}); {sizes['parameters']:,} parameters, "
-          f"{sizes['state_floats']:,} floats carried{' for each token' * (c.memory == 'full')}; {device}, "
+    print(f"{folder}: {c.task}, memory {c.memory} ({', '.join(options)}); {sizes['parameters']:,} parameters,"
+          f" {sizes['state_floats']:,} floats carried{' for each token' * (c.memory == 'full')}; {device}, "
           f"{sizes['threads']} threads, torch {sizes['torch']}")
     if c.compile:
         compiled(model, c)
@@ -499,7 +520,7 @@ def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     like, eval_only, given = parse(argv)
     with one_line_errors("train.py", "stopped; the same command continues"):
-        torch.set_flush_denormal(True)       # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
+        torch.set_flush_denormal(True)      # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
         configs = to_evaluate(given) if eval_only else grid(like, given)
         torch.set_num_threads(configs[0].threads or int(os.environ.get("OMP_NUM_THREADS", 1)))
         if WORLD > 1:

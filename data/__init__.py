@@ -1,7 +1,7 @@
 """
-The tasks. Every batch is a function of (seed, split, stage, step) and of nothing else: evaluation never disturbs
-training, a resumed run sees the batches that the uninterrupted one would have seen, every device sees the same
-data.
+The tasks. Every batch is a function of (seed, split, stage, step) and of nothing else: evaluation never
+disturbs training, a resumed run sees the batches that the uninterrupted one would have seen, every device
+sees the same data.
 
     recall.py     associative retrieval: remember pairs, or the last value of keys that are rewritten
     babi.py       bAbI: the words, a simulator of qa1 to qa5, a reader of the published files
@@ -39,11 +39,11 @@ class Question(NamedTuple):
     context: list            # arrays of ids, to be read one after another
     question: list           # ids
     answer: list             # ids
-    depth: float = None      # where the oldest fact that it needs stands: from 0, the beginning, to 1, the end
+    depth: float = None     # where the oldest fact that it needs stands: from 0, the beginning, to 1, the end
 
 
 def generator(seed, split, *place):
-    """A numpy generator for one batch: seed and what follows are integers >= 0, split is train, val or test."""
+    """A numpy generator for one batch: seed and what follows are integers >= 0, split is one of SPLITS."""
     return np.random.default_rng((seed, SPLITS.index(split), *place))
 
 
@@ -51,14 +51,16 @@ def numbers(flag, text):
     """'0,1k,2/64' -> [(0,), (1000,), (2, 64)]. ValueError names the flag."""
     number = r"\d{1,9}[kM]?"
     if not re.fullmatch(rf"{number}(/{number})*(,{number}(/{number})*)*", text):
-        raise ValueError(f"--{flag}: '{text}' is not a list of whole numbers, such as 2,4,8 or 0,1k or 10/128,10/256")
+        raise ValueError(f"--{flag}: '{text}' is not a list of whole numbers, such as 2,4,8 or 0,1k or "
+                         f"10/128,10/256")
     return [tuple(int(n.rstrip("kM")) * dict(k=1000, M=1000000).get(n[-1], 1) for n in part.split("/"))
             for part in text.split(",")]
 
 
 def eval_points(config):
-    """What --eval_lengths and --eval_samples ask for: [(length, number of questions)]. ValueError names the flag."""
-    lengths, counts = numbers("eval_lengths", config.eval_lengths), numbers("eval_samples", config.eval_samples)
+    """[(length, number of questions)] of --eval_lengths and --eval_samples. ValueError names the flag."""
+    lengths = numbers("eval_lengths", config.eval_lengths)
+    counts = numbers("eval_samples", config.eval_samples)
     for flag, values in (("eval_lengths", lengths), ("eval_samples", counts)):
         if any(len(value) > 1 for value in values):
             raise ValueError(f"--{flag}: '{getattr(config, flag)}' has a slash")
@@ -77,19 +79,20 @@ def fill(rows, length=None):
 
 
 def segments(rows, T):
-    """Rows of ids -> (B, S, T): filled in front to the length of the longest, and then behind to whole segments."""
+    """Rows of ids -> (B, S, T): filled in front to the longest's length, and behind to whole segments."""
     flat = fill(rows)
     return np.pad(flat, ((0, 0), (0, -flat.shape[1] % T))).reshape(len(rows), -1, T)
 
 
 def chunks(rows, size, T=1):
     """
-    Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side, filled
-    as by `segments`. Nothing longer than a chunk is ever copied.
+    Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side,
+    filled as by `segments`. Nothing longer than a chunk is ever copied.
     """
     lengths = [sum(map(len, row)) for row in rows]
     behind = np.zeros(-max(lengths) % T, dtype=np.int64)
-    readers = [_blocks([np.zeros(max(lengths) - n, dtype=np.int64), *row, behind], size) for n, row in zip(lengths, rows)]
+    readers = [_blocks([np.zeros(max(lengths) - n, dtype=np.int64), *row, behind], size)
+               for n, row in zip(lengths, rows)]
     return map(np.stack, zip(*readers))
 
 
@@ -109,13 +112,15 @@ def _blocks(pieces, size):
 
 
 def defaults(task):
-    """What a task is trained with where no flag says otherwise: fields of train.Config. ValueError if there is none."""
+    """A task's settings where no flag says otherwise: fields of train.Config. ValueError if there is none."""
     from . import babilong, passkey, recall              # they import this file
     for module in (recall, passkey, babilong):
         if (found := module.defaults(task)) is not None:
             return dict(found, task=task)
-    raise ValueError(f"--task: there is no '{task}'; choose one of {', '.join([*recall.TASKS, *passkey.KINDS])}, "
-                     f"babilong (bAbI's first five in one model), or qa1 to qa5, or several of these, as in qa1+qa2")
+    raise ValueError(f"--task: there is no '{task}'; choose one of "
+                     f"{', '.join([*recall.TASKS, *passkey.KINDS])}, "
+                     f"babilong (bAbI's first five in one model), or qa1 to qa5, or several of these, "
+                     f"as in qa1+qa2")
 
 
 def make_task(config):

@@ -1,9 +1,10 @@
 """
-bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds in which people move about, and questions about them.
+bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds in which people move about, and questions about
+them.
 
-The published files (v1.2) are read and written byte for byte. For the first five tasks there is also a simulator, so
-that a model can be trained on as many stories as it likes and never see a published one. Its rules were inferred from
-the published files: the generator that made them is not public.
+The published files (v1.2) are read and written byte for byte. For the first five tasks there is also a
+simulator, so that a model can be trained on as many stories as it likes and never see a published one. Its
+rules were inferred from the published files: the generator that made them is not public.
 """
 import itertools
 import re
@@ -14,17 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The words of the first five tasks, and the answer where a text does not say. A run keeps its list in config.json.
+# The words of the first five tasks, and the answer where a text does not say. A run keeps its list in
+# config.json.
 UNKNOWN = "unknown"
 WORDS = """
-Mary moved to the bathroom John went hallway where is Daniel back Sandra garden office journeyed travelled bedroom
-kitchen got milk there football put down discarded grabbed took dropped left picked up apple was before east of
-west what north south Fred gave Jeff did give Bill who handed received passed
+Mary moved to the bathroom John went hallway where is Daniel back Sandra garden office journeyed travelled
+bedroom kitchen got milk there football put down discarded grabbed took dropped left picked up apple was
+before east of west what north south Fred gave Jeff did give Bill who handed received passed
 """.split() + [UNKNOWN]
 
 
 class Line(NamedTuple):
-    """One line of a story. A fact has only a text; a question has an answer and the line numbers that support it."""
+    """A line of a story. A fact has only a text; a question has an answer and supporting line numbers."""
     text: str
     answer: str | None = None
     support: tuple = ()
@@ -38,9 +40,9 @@ class Sample(NamedTuple):
     support: tuple           # indices of the facts that tell the answer
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The published files
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FACT = re.compile(r"([1-9]\d*) ([^\t?]*[^\t? ])")
 QUESTION = re.compile(r"([1-9]\d*) ([^\t]*\? ?)\t([^\t]*[^\t ])\t(\d+(?: \d+)*)")
@@ -49,20 +51,21 @@ QUESTION = re.compile(r"([1-9]\d*) ([^\t]*\? ?)\t([^\t]*[^\t ])\t(\d+(?: \d+)*)"
 def read_stories(path):
     """
     A published bAbI file -> list of stories, each a list of Line. ValueError with file and line for anything
-    malformed: numbers that do not count up from 1, a question without answer or support, support that is not an
-    earlier fact, text that is not UTF-8, a file without questions.
+    malformed: numbers that do not count up from 1, a question without answer or support, support that is not
+    an earlier fact, text that is not UTF-8, a file without questions.
     """
     stories = []
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        lines = (Path(path).read_bytes().decode("utf-8-sig")
+                 .replace("\r\n", "\n").removesuffix("\n").split("\n"))
     except UnicodeDecodeError as e:
         n = e.object[:e.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {n}: not UTF-8 text; is this a bAbI file?") from None
     for n, line in enumerate(lines, start=1):
         fact, question = FACT.fullmatch(line), QUESTION.fullmatch(line)
         if not fact and not question:
-            raise ValueError(f"{path}, line {n}: expected 'NUMBER fact' or 'NUMBER question?<TAB>answer<TAB>supporting "
-                             f"line numbers', found {line[:60]!r}")
+            raise ValueError(f"{path}, line {n}: expected 'NUMBER fact' or 'NUMBER question?<TAB>answer<TAB>"
+                             f"supporting line numbers', found {line[:60]!r}")
         number, text, *rest = (fact or question).groups()
         if number == "1":
             stories.append([])
@@ -82,7 +85,8 @@ def read_stories(path):
 def write_stories(stories):
     """The text of a bAbI file, the exact inverse of read_stories."""
     def show(line):
-        return line.text if line.answer is None else f"{line.text}\t{line.answer}\t{' '.join(map(str, line.support))}"
+        support = " ".join(map(str, line.support))
+        return line.text if line.answer is None else f"{line.text}\t{line.answer}\t{support}"
     return "".join(f"{n} {show(line)}\n" for story in stories for n, line in enumerate(story, start=1))
 
 
@@ -101,8 +105,8 @@ def story_samples(story):
 
 def spread(stories):
     """
-    The samples of the stories, one of each story first, and not each its first question: the first n are of n stories,
-    early and late questions alike. (BABILong's files have five questions of a story in a row.)
+    The samples of the stories, one of each story first, and not each its first question: the first n are of n
+    stories, early and late questions alike. (BABILong's files have five questions of a story in a row.)
     """
     each = list(map(story_samples, stories))
     rounds = max(map(len, each), default=0)
@@ -115,17 +119,17 @@ def fingerprint(facts):
 
 
 def is_published(facts):
-    """True if these facts, and no others, stand before a question of the published test files of qa1 to qa5."""
+    """True if just these facts stand before a question of the published test files of qa1 to qa5."""
     if not PUBLISHED:
         PUBLISHED.update(np.load(Path(__file__).parent / "published.npy").tolist())
     return fingerprint(facts) in PUBLISHED
 
 
-PUBLISHED = set()                # fingerprints of the published test stories, read from published.npy when needed
+PUBLISHED = set()            # fingerprints of the published test stories, read from published.npy when needed
 
 
 def find_file(folder, task, split="test"):
-    """The file `qa1_*_test.txt` in `folder`, or in the `en-10k` inside it. FileNotFoundError says where it looked."""
+    """The file `qa1_*_test.txt` in `folder` or in its `en-10k`. FileNotFoundError says where it looked."""
     for place in (Path(folder), Path(folder) / "en-10k"):
         found = sorted(place.glob(f"{task}_*_{split}.txt"))
         if found:
@@ -133,13 +137,13 @@ def find_file(folder, task, split="test"):
     raise FileNotFoundError(f"babi_dir: no {task}_*_{split}.txt in {folder} or in {Path(folder) / 'en-10k'}")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The worlds of qa1 to qa5
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")                             # those that can be simulated
 PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
-THINGS = ["apple", "football", "milk"]                                  # the order matters for gifts, here and below
+THINGS = ["apple", "football", "milk"]                           # the order matters for gifts, here and below
 ACTORS = ["Mary", "John", "Daniel", "Sandra"]
 GIVERS = ["Mary", "Fred", "Bill", "Jeff"]                               # the actors of qa5
 VERBS = dict(move=["went", "journeyed", "travelled", "moved", "went back"],
@@ -147,13 +151,13 @@ VERBS = dict(move=["went", "journeyed", "travelled", "moved", "went back"],
              drop=["dropped", "left", "put down", "discarded"],
              give=["gave", "passed", "handed"])
 OPPOSITE = dict(north="south", south="north", east="west", west="east")
-WINDOW = 5                                                              # a question is about one of the last 5 facts
+WINDOW = 5                                                       # a question is about one of the last 5 facts
 
 
 class Event(NamedTuple):
     """
-    One fact. A move leads to a place; get, drop and give are about a thing, and what is given goes `to` somebody. In
-    qa4 nobody acts: `who` is a place that `lies` in direction `what` of another `place`.
+    One fact. A move leads to a place; get, drop and give are about a thing, and what is given goes `to`
+    somebody. In qa4 nobody acts: `who` is a place that `lies` in direction `what` of another `place`.
     """
     action: str
     who: str
@@ -164,7 +168,7 @@ class Event(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A question, its answer, the indices of the facts that tell it, and its weight among others of its subject."""
+    """A question, its answer, indices of the facts that tell it, its weight among those of its subject."""
     question: str
     answer: str
     support: tuple
@@ -173,15 +177,15 @@ class Ask(NamedTuple):
 
 def world(dice, task):
     """
-    The events of a world, without end (qa4: two). `dice` is a random.Random. Who and what is where at first is hidden,
-    so somebody may get a thing before anybody knows where he is.
+    The events of a world, without end (qa4: two). `dice` is a random.Random. Who and what is where at first
+    is hidden, so somebody may get a thing before anybody knows where he is.
     """
     if task == "qa4":
         yield from relations(dice)
         return
     actors = GIVERS if task == "qa5" else ACTORS
     things = [] if task == "qa1" else THINGS
-    at = {name: dice.choice(PLACES) for name in [*actors, *things]}     # of a thing: where it lies, if nobody holds it
+    at = {name: dice.choice(PLACES) for name in [*actors, *things]}    # a thing's place, if nobody holds it
     holder = dict.fromkeys(things)
 
     def happen(event):
@@ -206,8 +210,8 @@ def world(dice, task):
 
     def gift():
         """
-        Whoever holds a thing and is not alone may give it: the first of his things, to the first of the others. A
-        thing that was just given can only be given on.
+        Whoever holds a thing and is not alone may give it: the first of his things, to the first of the
+        others. A thing that was just given can only be given on.
         """
         near = {who: [other for other in actors if other != who and at[other] == at[who]] for who in actors}
         held = {who: [what for what in things if holder[what] == who] for who in actors}
@@ -271,7 +275,8 @@ def asks(task, events, about):
     """All that can be asked about a subject, and is answered by the events: a list of Ask, perhaps empty."""
     if task == "qa4":
         i, (_, a, side, b, _, _) = events.index(about), about
-        return [Ask(f"What is {side} of the {b}?", a, (i,)), Ask(f"What is the {b} {OPPOSITE[side]} of?", a, (i,))]
+        return [Ask(f"What is {side} of the {b}?", a, (i,)),
+                Ask(f"What is the {b} {OPPOSITE[side]} of?", a, (i,))]
     last = latest(events, lambda e: subject(task, e) == about)
     if last is None:
         return []
@@ -286,7 +291,7 @@ def asks(task, events, about):
                 Ask(f"Who did {who} give the {about} to? ", to, (last,), 1 / 6),
                 Ask(f"Who received the {about}? ", to, (last,), 1 / 6)]
     dropped = events[last].action == "drop"
-    end = last if dropped else len(events)                              # from here on the thing was not carried
+    end = last if dropped else len(events)                            # from here on the thing was not carried
     if task == "qa2":
         move = latest(events[:end], lambda e: e.action == "move" and e.who == who, 0 if dropped else last)
         return [] if move is None else [Ask(f"Where is the {about}? ", events[move].place, (last, move))]
@@ -294,7 +299,7 @@ def asks(task, events, about):
     if start is None:
         return []
     way = [i for i in range(start, end) if events[i].action == "move" and events[i].who == who]
-    places = [events[i].place for i in way]                             # the thing was carried to these, one by one
+    places = [events[i].place for i in way]                       # the thing was carried to these, one by one
     return [Ask(f"Where was the {about} before the {places[j]}? ", places[j - 1], (last, way[j], way[j - 1]),
                 0.75 ** (len(way) - 1 - j))
             for j in range(1, len(way)) if places[j] not in places[j + 1:]]
@@ -307,8 +312,8 @@ def subjects(task, events):
 
 def question(dice, task, events, window=WINDOW):
     """
-    The question that the published stories would ask after these events, or None if they would go on: about the subject
-    of one of the last facts, drawn among those facts whose subject can be asked about.
+    The question that the published stories would ask after these events, or None if they would go on: about
+    the subject of one of the last facts, drawn among those facts whose subject can be asked about.
     """
     recent = {about: asks(task, events, about) for about in subjects(task, events[-window:])}
     named = [about for event in events[-window:] if recent.get(about := subject(task, event))]
@@ -320,12 +325,12 @@ def question(dice, task, events, window=WINDOW):
 
 def simulate(dice, task, n_stories, window=WINDOW):
     """
-    Stories as in the published files: two facts, then a question if there is one to ask, and so on until the fifth
-    question (qa4: the first).
+    Stories as in the published files: two facts, then a question if there is one to ask, and so on until the
+    fifth question (qa4: the first).
     """
     stories = []
     for _ in range(n_stories):
-        source, story, events, line_of = world(dice, task), [], [], []  # line_of[i] is the line number of event i
+        source, story, events, line_of = world(dice, task), [], [], []    # line_of[i]: the line of event i
         questions = 1 if task == "qa4" else 5
         while questions:
             for event in itertools.islice(source, 2):
@@ -339,12 +344,12 @@ def simulate(dice, task, n_stories, window=WINDOW):
     return stories
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All that a text answers
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Spot:
-    """Where somebody or something is: a place, or one that the text has not named. Two spots may turn out to be one."""
+    """Where somebody or something is: a place, or one not named so far. Two spots may turn out to be one."""
 
     def __init__(self, place=UNKNOWN):
         self.place, self.same = place, None
@@ -360,8 +365,9 @@ class Spot:
 
 def everything(events):
     """
-    All questions about all people, things and places: {task: {question: answer}}, UNKNOWN where the events do not say.
-    A thing is where its holder is; whoever picks it up is where it lay, whoever is given it is where the giver is.
+    All questions about all people, things and places: {task: {question: answer}}, UNKNOWN where the events do
+    not say. A thing is where its holder is; whoever picks it up is where it lay, whoever is given it is where
+    the giver is.
     """
     at, holder, way, gave, lies = defaultdict(Spot), {}, defaultdict(list), {}, {}
     for action, who, what, place, to, _ in events:
@@ -392,12 +398,14 @@ def everything(events):
         asked["qa2"][f"Where is the {thing}? "] = places[-1] if places else UNKNOWN
         for place in PLACES:                                   # before it was there the last time
             last = max((i for i, here in enumerate(places) if here == place), default=0)
-            asked["qa3"][f"Where was the {thing} before the {place}? "] = places[last - 1] if last else UNKNOWN
+            before = places[last - 1] if last else UNKNOWN
+            asked["qa3"][f"Where was the {thing} before the {place}? "] = before
     for side, place in itertools.product(OPPOSITE, PLACES):
         for question in (f"What is {side} of the {place}?", f"What is the {place} {OPPOSITE[side]} of?"):
             asked["qa4"][question] = lies.get((side, place), UNKNOWN)
     for a, thing in itertools.product(people, THINGS):
-        for question in (f"Who gave the {thing}? ", f"Who received the {thing}? ", f"Who gave the {thing} to {a}? ",
-                         f"Who did {a} give the {thing} to? ", *(f"What did {a} give to {b}? " for b in people if a != b)):
+        for question in (f"Who gave the {thing}? ", f"Who received the {thing}? ",
+                         f"Who gave the {thing} to {a}? ", f"Who did {a} give the {thing} to? ",
+                         *(f"What did {a} give to {b}? " for b in people if a != b)):
             asked["qa5"][question] = gave.get(question, UNKNOWN)
     return asked

@@ -1,10 +1,10 @@
 """
-BABILong (Kuratov et al. 2024, arXiv 2406.10149): the facts of a story, in order and unbroken, scattered through
-background text of any length, and the question at the end.
+BABILong (Kuratov et al. 2024, arXiv 2406.10149): the facts of a story, in order and unbroken, scattered
+through background text of any length, and the question at the end.
 
-Words are tokens. The words of the bAbI tasks have ids of their own; every other word falls, by its crc32, into
-one of a fixed number of buckets. So there is no vocabulary to build, and any text can be read. Capitals do not
-matter. Lengths count the words of facts and background, not the marks . ? ! and not the question.
+Words are tokens. The words of the bAbI tasks have ids of their own; every other word falls, by its crc32,
+into one of a fixed number of buckets. So there is no vocabulary to build, and any text can be read. Capitals
+do not matter. Lengths count the words of facts and background, not the marks . ? ! and not the question.
 """
 import itertools
 import json
@@ -20,10 +20,11 @@ from .files import read_text
 
 MARKS = [".", "?", "!"]
 BUCKETS = 1024                      # ids shared by all words that are not the task's
+SWAPPED = 0.3                   # share of those words that are swapped in training: no text is known by heart
 PROSE = "prose"                     # the name of the built-in background
 
-BASE = dict(n_layer=3, n_mem=8, rule="delta", gate="hardsigmoid", segment_len=8, align=8, decoys=0.3, batch_size=64, price=0.003,
-            stages="4/0,10/0,10/128,10/256", last_steps=500,
+BASE = dict(n_layer=3, n_mem=8, rule="delta", gate="hardsigmoid", segment_len=8, align=8, decoys=0.5,
+            price=0.01, batch_size=64, stages="4/0,10/0,10/128,10/256", last_steps=500,
             eval_lengths="0,1k,4k,16k", eval_samples="1000,1000,500,200")
 TASKS = dict(
     qa1=dict(BASE, n_mem=4),
@@ -31,7 +32,7 @@ TASKS = dict(
     qa3=dict(BASE, learned=0.9, stages="6/0,10/0,20/0,40/0,40/128,40/256", last_steps=1500),
     qa4=dict(BASE, n_mem=4, stages="2/0,2/128,2/256"),
     qa5=dict(BASE, stages="4/0,10/0,20/0,20/128,20/256"),
-    babilong=dict(BASE, learned=0.93, stages="2/0,4/0,6/0,10/0,20/0,40/128,40/256", last_steps=1500))
+    babilong=dict(BASE, learned=0.93, stages="2/0,4/0,6/0,10/0,20/0,40/128,40/256", last_steps=2000))
 ALL = ["qa1", "qa2", "qa3", "qa3", "qa3", "qa4", "qa4", "qa5"]   # rows for what is slow to learn
 
 
@@ -41,13 +42,14 @@ def defaults(task):
 
 
 def parts(task):
-    """'qa1+qa2' -> ['qa1', 'qa2'], the bAbI tasks to train on; one that is named twice gets twice as many rows."""
+    """'qa1+qa2' -> ['qa1', 'qa2'], the tasks to train on; one that is named twice gets twice as many rows."""
     return ALL if task == "babilong" else task.split("+")
 
 
 class Words:
     """
-    Text <-> ids: 0 is the blank, then come the marks, then `vocab`, then BUCKETS ids shared by all other words.
+    Text <-> ids: 0 is the blank, then come the marks, then `vocab`, then BUCKETS ids shared by all other
+    words.
     """
 
     def __init__(self, vocab=babi.WORDS):
@@ -70,8 +72,9 @@ class Words:
     @staticmethod
     def pad(ids, align, offset=0):
         """
-        The ids, with blanks behind each sentence up to the next multiple of `align`, if that is not 0; `offset` ids
-        stand before them. differs: the papers cut their text anywhere, which is harder for a small model.
+        The ids, with blanks behind each sentence up to the next multiple of `align`, if that is not 0;
+        `offset` ids stand before them. differs: the papers cut their text anywhere, which is harder for a
+        small model.
         """
         if not align:
             return ids
@@ -108,23 +111,24 @@ GRAMMAR = {
     "NP": ["the N", "the A N", "a A N", "the N of the N", "an old N", "his A N", "her N", "NAME",
            "their N and the N"],
     "VP": ["V NP", "V the N ADV", "V NP in the N", "V to the N", "V the A N for NP", "V past the N near NP"],
-    "N": """captain letter sister sea window doctor horse street candle story river winter question lamp stranger
-        bridge village carriage teacher ship clock mountain room door table evening road dog fire garden kitchen
-        office island whale hat merchant piano soldier farmer mirror forest voice""".split(),
-    "A": """quiet dark heavy famous narrow silver cold broken pleasant curious yellow tired foolish distant proud
-        strange gentle wooden empty sudden white green""".split(),
-    "V": """watched followed remembered sold painted crossed answered carried found opened forgot praised feared
-        noticed visited brought left took went moved walked wrote turned""".split(),
+    "N": """captain letter sister sea window doctor horse street candle story river winter question lamp
+        stranger bridge village carriage teacher ship clock mountain room door table evening road dog fire
+        garden kitchen office island whale hat merchant piano soldier farmer mirror forest voice""".split(),
+    "A": """quiet dark heavy famous narrow silver cold broken pleasant curious yellow tired foolish distant
+        proud strange gentle wooden empty sudden white green""".split(),
+    "V": """watched followed remembered sold painted crossed answered carried found opened forgot praised
+        feared noticed visited brought left took went moved walked wrote turned""".split(),
     "ADV": ["slowly", "again", "at once", "with great care", "in silence", "without a word", "for many years",
             "upstairs"],
     "TIME": ["late", "early in spring", "nearly midnight", "a bright day", "the hour"],
     "NEVER": ["must", "should", "will", "may not", "could"],
-    "NAME": "Arthur Helen Thomas Clara Edward Ruth Oliver Alice Henry Mary John the-captain Mrs-Bennet".split(),
+    "NAME": "Arthur Helen Thomas Clara Edward Ruth Oliver Alice Henry Mary John the-captain Mrs-Bennet"
+            .split(),
 }
 
 
 def prose(n_sentences, seed):
-    """Made-up background sentences, so that everything runs without a file: the same for the same seed, anywhere."""
+    """Made-up background sentences, so that everything runs without a file: a function of the seed."""
     choose = random.Random(seed).choice
 
     def grow(symbol):
@@ -146,17 +150,18 @@ def split_sentences(words, text):
 
 class Background:
     """
-    Sentences to hide facts in: those of at least `shortest` tokens of the given UTF-8 files, in their natural order.
-    `part` says which of them: 'train' is the first 90% of each text, 'val' the rest, 'test' all of it; for the
-    built-in prose these are three different texts. `change` is a function that each of them goes through, from ids
-    to ids. Errors (a missing, empty or non-text file) name the file.
+    Sentences to hide facts in: those of at least `shortest` tokens of the given UTF-8 files, in their natural
+    order. `part` says which of them: 'train' is the first 90% of each text, 'val' the rest, 'test' all of it;
+    for the built-in prose these are three different texts. `change` is a function that each of them goes
+    through, from ids to ids. Errors (a missing, empty or non-text file) name the file.
     """
 
     def __init__(self, files, part, words, align=0, change=list, shortest=10):
         flat = []                                                            # sentences, as lists of ids
         for file in files:
             if str(file) == PROSE:
-                sentences = split_sentences(words, prose(dict(train=20000, val=4000, test=20000)[part], seed=part))
+                number = dict(train=20000, val=4000, test=20000)[part]
+                sentences = split_sentences(words, prose(number, seed=part))
             else:
                 sentences = split_sentences(words, read_text(file))
                 end = len(sentences) * 9 // 10
@@ -166,14 +171,14 @@ class Background:
                 raise ValueError(f"{file} has no sentence of {shortest} or more words")
             flat += long
         self.ids, self.align = np.concatenate(flat).astype(np.int64), align
-        self.begin = np.cumsum([0] + [len(s) for s in flat])                 # where sentence i begins, in tokens
+        self.begin = np.cumsum([0] + [len(s) for s in flat])              # where sentence i begins, in tokens
         self.n_words = np.concatenate(([0], np.cumsum(self.ids > len(MARKS))))    # words before token t
 
     def runs(self, rng, n_words):
         """
-        Exactly n_words words of text as (first, last, stop): whole sentences first..last-1, of which the last is cut
-        at token `stop`. The text is entered at a random sentence and goes round: no sentence is read twice before all
-        are read once.
+        Exactly n_words words of text as (first, last, stop): whole sentences first..last-1, of which the last
+        is cut at token `stop`. The text is entered at a random sentence and goes round: no sentence is read
+        twice before all are read once.
         """
         first = int(rng.integers(len(self.begin) - 1))
         while n_words > 0:
@@ -188,17 +193,20 @@ class Background:
 
 def look_alike(dice, sentence, facts, fact_ids):
     """
-    A sentence (list of ids) with something of a fact in it that is none: words here and there, or at its beginning,
-    or in front of it, one of `facts` in which a word or two are not those of any fact. `fact_ids`: of all facts.
+    A sentence (list of ids) with something of a fact in it that is none: words here and there, or somewhere
+    in it, or in front of it, one of `facts` in which a word or two are not those of any fact. `fact_ids`: of
+    all facts.
     """
     strange = [i for i in sentence if i > len(MARKS) and i not in fact_ids]
     *fact, mark = dice.choice(facts)
-    kind = dice.choice(["words", "beginning", "front"])
+    kind = dice.choice(["words", "inside", "front"])
     if kind == "words" or not strange:
         return [dice.choice(fact) if i > len(MARKS) and dice.random() < 0.2 else i for i in sentence]
     for place in dice.sample(range(len(fact)), dice.choice([1, 2])):
         fact[place] = dice.choice(strange)
-    return fact + (sentence[len(fact):] if kind == "beginning" else [mark] + sentence)
+    place = dice.randrange(len(sentence))
+    return fact + [mark] + sentence if kind == "front" else \
+        sentence[:place] + fact + (sentence[place + len(fact):] or [mark])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,10 +216,10 @@ def look_alike(dice, sentence, facts, fact_ids):
 def compose(rng, facts, length, background):
     """
     Scatter `facts` (lists of ids) through background text, `length` words in all (0: the facts alone), as in
-    BABILong: a slot before each sentence and one at the end, one slot drawn for each fact, uniformly, and sorted.
-    Returns the context as a list of arrays to be read one after another, and for each fact how many tokens stand
-    before it. The arrays are views of the background, so any length needs no more memory than a book. ValueError
-    when the facts alone are longer.
+    BABILong: a slot before each sentence and one at the end, one slot drawn for each fact, uniformly, and
+    sorted. Returns the context as a list of arrays to be read one after another, and for each fact how many
+    tokens stand before it. The arrays are views of the background, so any length needs no more memory than a
+    book. ValueError when the facts alone are longer.
     """
     own = sum(map(Words.count, facts))
     if 0 < length < own:
@@ -255,13 +263,15 @@ class InText:
         self.files, self.eval_files = list(config.background), list(config.eval_text or config.background)
         seen = {Path(file).name for file in self.files} & {Path(file).name for file in self.eval_files}
         self.where = dict(text=[Path(file).name for file in self.eval_files],
-                          split="val" if seen else "test")        # val: passages that were held back from training
+                          split="val" if seen else "test")   # val: passages that were held back from training
         self.background = {}                                      # (part, align) -> Background, once needed
 
     def text(self, part, align=0, change=list):
         """The Background to train with (part "train") or to evaluate in ("eval"), made once."""
         if (part, align) not in self.background:
-            files, split = (self.files, "train") if part == "train" else (self.eval_files, self.where["split"])
+            files, split = self.eval_files, self.where["split"]
+            if part == "train":
+                files, split = self.files, "train"
             self.background[part, align] = Background(files, split, self.words, align, change)
         return self.background[part, align]
 
@@ -271,10 +281,10 @@ class InText:
 
 class BABILong(InText):
     """
-    One or more of bAbI's first five tasks in background text; what its methods do is said in data/__init__.py. A
-    stage is (most facts, most words), or (most facts,) where each fact is a segment of its own; a third number is the
-    percentage of batches that are cut anywhere, and not aligned. A length is words. Training stories are simulated
-    and never those of the published test files.
+    One or more of bAbI's first five tasks in background text; what its methods do is said in
+    data/__init__.py. A stage is (most facts, most words), or (most facts,) where each fact is a segment of
+    its own; a third number is the percentage of batches that are cut anywhere, and not aligned. A length is
+    words. Training stories are simulated and never those of the published test files.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -285,7 +295,7 @@ class BABILong(InText):
         self.rows, self.align, self.segment_len = parts(config.task), config.align, config.segment_len
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align)
-        self.ids, self.samples = {}, {}                     # what was encoded, and which stories were read, once
+        self.ids, self.samples = {}, {}                  # what was encoded, and which stories were read, once
 
     def encode(self, text):
         """The ids of a sentence; there are only so many different ones."""
@@ -295,8 +305,8 @@ class BABILong(InText):
 
     def ask(self, text):
         """
-        The ids of a question, filled in front. (A small model counts the blanks: it has learned short questions among
-        longer ones, and recognises them by nothing else.)
+        The ids of a question, filled in front. (A small model counts the blanks: it has learned short
+        questions among longer ones, and recognises them by nothing else.)
         """
         return fill([self.encode(text)], max(self.width, len(self.encode(text))))[0].tolist()
 
@@ -309,7 +319,8 @@ class BABILong(InText):
         if not self.decoys or ("train", align) in self.background:
             return self.text("train", align)
         facts = [self.encode(line.text) for part in self.rows
-                 for story in babi.simulate(random.Random(0), part, 200) for line in story if line.answer is None]
+                 for story in babi.simulate(random.Random(0), part, 200)
+                 for line in story if line.answer is None]
         fact_ids, dice = {i for fact in facts for i in fact}, random.Random("decoys")
         return self.text("train", align, lambda sentence: look_alike(dice, sentence, facts, fact_ids)
                          if dice.random() < self.decoys else sentence)
@@ -317,10 +328,10 @@ class BABILong(InText):
     def check(self, config, training=True):
         stages = numbers("stages", config.stages)
         if any(len(stage) > 3 or stage[0] < 1 or stage[2:] > (100,) for stage in stages):
-            raise ValueError(f"--stages: '{config.stages}' has to be FACTS, FACTS/WORDS or FACTS/WORDS/PERCENT, such as "
-                             f"4/0,10/128,10/256/50")
+            raise ValueError(f"--stages: '{config.stages}' has to be FACTS, FACTS/WORDS or "
+                             f"FACTS/WORDS/PERCENT, as in 4/0,10/128,10/256/50")
         if config.align > config.segment_len:
-            raise ValueError(f"--align: {config.align} is more than the {config.segment_len} of --segment_len")
+            raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
         for file in {*self.files * training, *self.eval_files * (max(eval_points(config))[0] > 0)} - {PROSE}:
             if str(file).endswith((".json", ".jsonl")):
                 self.released(file)
@@ -332,12 +343,12 @@ class BABILong(InText):
 
     def story(self, dice, part, n_facts):
         """
-        What a row is told, as texts, and up to eight questions with their answers: four that the published files would
-        ask; three others that the text answers, each of another kind; and one whose answer is "unknown".
-        (With more of the others north of a place is not told from south of it for a long time, with fewer a thing
-        stays with who had it last.)
+        What a row is told, as texts, and up to eight questions with their answers: four that the published
+        files would ask; three others that the text answers, each of another kind; and one whose answer is
+        "unknown". (With more of the others north of a place is not told from south of it for a long time,
+        with fewer a thing stays with who had it last.)
         """
-        least = dict(qa2=2, qa3=3, qa5=2).get(part, 1)          # with fewer facts nothing of its kind can be asked
+        least = dict(qa2=2, qa3=3, qa5=2).get(part, 1)     # with fewer facts nothing of its kind can be asked
         while True:
             events = list(itertools.islice(babi.world(dice, part), n_facts))
             told = [event.text for event in events]
@@ -346,7 +357,8 @@ class BABILong(InText):
             if (own or n_facts < least) and not babi.is_published(told):
                 break
         asked = {kind: list(pairs.items()) for kind, pairs in babi.everything(events).items()}
-        known = [[pair for pair in pairs if pair[1] != babi.UNKNOWN and pair not in own] for pairs in asked.values()]
+        known = [[pair for pair in pairs if pair[1] != babi.UNKNOWN and pair not in own]
+                 for pairs in asked.values()]
         unknown = [pair for pair in asked[dice.choice([part, *asked])] if pair[1] == babi.UNKNOWN]
         found = dice.sample(own, min(len(own), 4))
         found += [dice.choice(pairs) for pairs in dice.sample(known, len(known)) if pairs][:3]
@@ -355,7 +367,7 @@ class BABILong(InText):
     def batch(self, rng, size, stage):
         """`size` stories in texts of about one length, with up to eight questions about each."""
         most_facts, most_words, cut = (*stage, 0, 0)[:3]
-        dice = random.Random(int(rng.integers(2 ** 62)))        # random.Random is ten times faster here than numpy
+        dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
         align = 0 if cut and 100 * rng.random() < cut else self.align
@@ -372,7 +384,10 @@ class BABILong(InText):
             answers[i, :len(found), 0] = [self.words.id(answer) for _, answer in found]
         questions = fill(questions).reshape(size, self.n_questions, -1)
         if len(stage) > 1:
-            return Batch(segments([np.concatenate(row) for row in rows], align or self.segment_len), questions, answers)
+            context = segments([np.concatenate(row) for row in rows], align or self.segment_len)
+            swapped = (context >= len(self.words.names)) & (rng.random(context.shape) < SWAPPED)
+            context[swapped] = rng.integers(len(self.words.names), self.words.size, size=swapped.sum())
+            return Batch(context, questions, answers)
         most = max(map(len, rows))
         flat = fill([fact for facts in rows for fact in [[]] * (most - len(facts)) + facts])
         return Batch(flat.reshape(size, most, -1), questions, answers)
@@ -386,14 +401,15 @@ class BABILong(InText):
                 for part in dict.fromkeys(self.rows) for length, n in points]
 
     def questions(self, cell):
-        """The published or simulated questions of one part; the first n are of n stories, the same for every model."""
+        """The published or simulated questions of one part: of n stories if there are so many."""
         key, out = cell["part"], []
         if isinstance(cell["length"], str):
             (file,) = [file for file in self.eval_files if cell["length"].endswith(Path(file).name)]
             return self.released(file), 0
         if key not in self.samples:
-            self.samples[key] = babi.spread(babi.read_stories(babi.find_file(self.babi_dir, key)) if self.babi_dir
-                                            else babi.simulate(random.Random(f"val {key}"), key, 1000))
+            stories = babi.read_stories(babi.find_file(self.babi_dir, key)) if self.babi_dir else \
+                babi.simulate(random.Random(f"val {key}"), key, 1000)
+            self.samples[key] = babi.spread(stories)
         samples, length = self.samples[key][:cell["n"]], cell["length"]
         text = self.text("eval", self.align) if length else None
         for i, sample in enumerate(samples):
@@ -401,13 +417,15 @@ class BABILong(InText):
             if not 0 < length < sum(map(Words.count, facts)):
                 context, starts = compose(generator(0, "test", length, i), facts, length, text)
                 depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))
-                out.append(Question(context, self.ask(sample.question), [self.words.id(sample.answer)], depth))
+                answer = [self.words.id(sample.answer)]
+                out.append(Question(context, self.ask(sample.question), answer, depth))
         return out, len(samples) - len(out)
 
     def released(self, file):
         """
-        The samples of a file as BABILong is released: a JSON list, or one JSON object a line, each with input, question
-        and target. ValueError with file and number for a sample that lacks one of them or has an unknown target.
+        The samples of a file as BABILong is released: a JSON list, or one JSON object a line, each with
+        input, question and target. ValueError with file and number for a sample that lacks one of them or has
+        an unknown target.
         """
         text, out = read_text(file), []
         try:
@@ -416,7 +434,8 @@ class BABILong(InText):
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{file}: not JSON ({str(e)[:80]})") from None
         for i, sample in enumerate(samples, start=1):
-            fields = [sample.get(k) if isinstance(sample, dict) else None for k in ("input", "question", "target")]
+            sample = sample if isinstance(sample, dict) else {}
+            fields = [sample.get(k) for k in ("input", "question", "target")]
             if not all(isinstance(field, str) for field in fields):
                 raise ValueError(f"{file}, sample {i}: expected the texts input, question and target")
             answer = self.words.ids.get(fields[2].strip().lower())

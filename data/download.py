@@ -1,14 +1,16 @@
 """
-Fetch the published bAbI files, four books to train with and four long novels to evaluate in: 12, 3 and 7 MB, once.
+Fetch the published bAbI files, four books to train with and four long novels to evaluate in: 12, 3 and 7 MB,
+once.
 
     python -m data.download                      into data/babi, data/books and data/novels
     python -m data.download --out_dir DIR        into DIR/babi, DIR/books and DIR/novels
 
-A download that breaks off is kept as FILE.part, and the same command continues it. Nothing else is written before
-it was checked: the archive's files by their SHA-256 (data/babi.sha256), each text by its title and its size.
+A download that breaks off is kept as FILE.part, and the same command continues it. Nothing else is written
+before it was checked: the archive's files by their SHA-256 (data/babi.sha256), each text by its title and its
+size.
 
-The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training needs
-none of these files: stories are simulated, and there is a built-in background.
+The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training
+needs none of these files: stories are simulated, and there is a built-in background.
 """
 import argparse
 import hashlib
@@ -40,7 +42,7 @@ TEXTS = {         # number at Project Gutenberg, title, bytes of our copy withou
 
 
 def fetch(url, path):
-    """Download url to `path`, through path.part, from which a broken download continues. ValueError if it fails."""
+    """Download url to `path`, through path.part, where a broken one continues. ValueError if it fails."""
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
@@ -60,14 +62,19 @@ def fetch(url, path):
             part.unlink()
         raise ValueError(f"{url}: the server says {e.code} {e.reason}; is there a network?") from None
     except (OSError, http.client.HTTPException) as e:           # no network, a broken line, a full disk
-        raise ValueError(f"{url}: {getattr(e, 'reason', e)}; is there a network? The same command continues") from None
+        raise ValueError(f"{url}: {getattr(e, 'reason', e)}; is there a network? "
+                         f"The same command continues") from None
     if total is not None and part.stat().st_size != total:
-        raise ValueError(f"{url}: broke off after {part.stat().st_size:,} of {total:,} bytes; the same command continues")
+        raise ValueError(f"{url}: broke off after {part.stat().st_size:,} of {total:,} bytes; "
+                         f"the same command continues")
     os.replace(part, path)
 
 
 def unpack(archive, wanted, folder):
-    """The `wanted` files, {file: SHA-256}, from the archive to `folder`, checked, all or none. ValueError names one."""
+    """
+    The `wanted` files, {file: SHA-256}, from the archive to `folder`, checked, all or none. ValueError names
+    one.
+    """
     found = {}
     try:
         with tarfile.open(archive) as tar:
@@ -85,7 +92,7 @@ def unpack(archive, wanted, folder):
 
 
 def clean(text, title, size, name):
-    """The text without the frame that the publisher puts around it. ValueError if it is another one or not whole."""
+    """The text without the publisher's frame around it. ValueError if it is another text or not whole."""
     frame = re.search(r"\*\*\* ?START OF .*?\*\*\*(.*)\*\*\* ?END OF ", text, re.DOTALL)
     if title.lower() not in re.sub(r"\s+", " ", text[:3000]).lower():
         raise ValueError(f"{name}: its beginning does not say '{title}'")
@@ -114,7 +121,8 @@ def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=HERE, help="where to put babi, books and novels (data)")
+    parser.add_argument("--out_dir", type=Path, default=HERE,
+                        help="where to put babi, books and novels (data)")
     out = parser.parse_args(argv).out_dir
     with one_line_errors("data.download", "stopped; the same command continues"):
         wanted = dict(line.split()[::-1] for line in (HERE / "babi.sha256").read_text().splitlines())

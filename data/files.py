@@ -1,4 +1,7 @@
-"""Files that survive: what is written is whole, what is damaged is named, and a folder has one process at a time."""
+"""
+Files that survive: what is written is whole, what is damaged is named, and a folder has one process at a
+time.
+"""
 import json
 import os
 import signal
@@ -28,7 +31,7 @@ def read_text(file):
 
 
 def write_atomically(path, write):
-    """`path` holds its old content or its new one, never a part; a failure leaves no temporary file behind."""
+    """`path` holds its old content or its new one, never a part; a failure leaves no temporary file."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -39,7 +42,9 @@ def write_atomically(path, write):
 
 
 def read_rows(folder):
-    """The rows of metrics.jsonl. Half a last line (a power cut) is left out; ValueError names any other damage."""
+    """
+    The rows of metrics.jsonl. Half a last line (a power cut) is left out; ValueError names any other damage.
+    """
     path, rows = Path(folder, "metrics.jsonl"), []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for n, line in enumerate(lines, start=1):
@@ -69,8 +74,8 @@ def only_user(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise ValueError(f"--out_dir: process {file.read()} is working in {folder}; wait for it, or choose "
-                             f"another folder") from None
+            raise ValueError(f"--out_dir: process {file.read()} is working in {folder}; wait for it, or "
+                             f"choose another folder") from None
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         yield

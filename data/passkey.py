@@ -1,6 +1,6 @@
 """
-Pass key: five digits are stated, then comes a lot of text that does not matter, then the digits are asked for (the
-PassKey task of Hwang et al. 2024). All five must be correct; a guess is correct once in 100,000 times.
+Pass key: five digits are stated, then comes a lot of text that does not matter, then the digits are asked for
+(the PassKey task of Hwang et al. 2024). All five must be correct; a guess is correct once in 100,000 times.
 
     passkey             the key is the very first thing, as in that paper: keeping the first segment is enough
     passkey-random      it stands anywhere
@@ -25,7 +25,7 @@ def defaults(task):
 
 
 def filler(rng, n_tokens, text):
-    """Exactly n_tokens tokens of a Background, from the beginning of a random sentence, as a list of views."""
+    """Exactly n_tokens tokens of a Background, from the beginning of a random sentence: a list of views."""
     pieces = []
     while n_tokens > 0:
         start = text.begin[rng.integers(len(text.begin) - 1)]
@@ -36,8 +36,8 @@ def filler(rng, n_tokens, text):
 
 class PassKey(InText):
     """
-    The task; what its methods do is said in data/__init__.py. A stage is (most segments,), a length is segments; a
-    context of n segments has exactly n segment_len tokens, the key included.
+    The task; what its methods do is said in data/__init__.py. A stage is (most segments,), a length is
+    segments; a context of n segments has exactly n segment_len tokens, the key included.
     """
     kind, unit, rows = "passkey", "segments", [""]
 
@@ -56,8 +56,8 @@ class PassKey(InText):
 
     def context(self, rng, n_tokens, text):
         """
-        One context as a list of arrays, its key (5,), and how many tokens stand before it. ValueError if it is too
-        short for what it has to state.
+        One context as a list of arrays, its key (5,), and how many tokens stand before it. ValueError if it
+        is too short for what it has to state.
         """
         free, told, false = n_tokens, [], self.place == "decoys"
         keys = rng.integers(10, size=(dict(decoys=4, rewritten=3).get(self.place, 1), DIGITS))
@@ -82,7 +82,8 @@ class PassKey(InText):
         if any(len(stage) > 1 or stage[0] < 1 for stage in numbers("stages", config.stages)):
             raise ValueError(f"--stages: '{config.stages}' has to be numbers of segments, from 1 on")
         if min(eval_points(config))[0] < 1:
-            raise ValueError(f"--eval_lengths: '{config.eval_lengths}' has to be numbers of segments, from 1 on")
+            raise ValueError(f"--eval_lengths: '{config.eval_lengths}' has to be numbers of segments, "
+                             f"from 1 on")
 
     def batch(self, rng, size, stage):
         """`size` contexts of one length, with one question each; its answers have five ids."""

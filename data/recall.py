@@ -1,7 +1,7 @@
 """
-Associative retrieval (ARMT, appendix C; sizes and format as in the authors' scripts). Keys and values are written in
-an alphabet of 16 symbols. With the default --segment_len a pair is a segment. The question is a segment of its own, so
-that whatever is known about a pair has crossed a segment boundary:
+Associative retrieval (ARMT, appendix C; sizes and format as in the authors' scripts). Keys and values are
+written in an alphabet of 16 symbols. With the default --segment_len a pair is a segment. The question is a
+segment of its own, so that whatever is known about a pair has crossed a segment boundary:
 
     [k_1 .. k_s  :  v  ;]  [k_1 .. k_s  :  v  ;]  ...  [k_1 .. k_s  ?] -> v
 
@@ -44,7 +44,8 @@ class Recall:
     vocab_size, vocab, kind, unit, rows = VOCAB_SIZE, [], "recall", "pairs", [""]
 
     def __init__(self, config):
-        self.key_size, self.n_questions, self.segment_len = config.key_size, config.questions, config.segment_len
+        self.key_size, self.n_questions = config.key_size, config.questions
+        self.segment_len = config.segment_len
         self.rewrite = config.task == "rewrite"
 
     def check(self, config, training=True):
@@ -53,17 +54,18 @@ class Recall:
             if any(len(value) > 1 or value[0] < 1 for value in values):
                 raise ValueError(f"--{flag}: '{getattr(config, flag)}' has to be numbers of pairs, from 1 on")
             if not self.rewrite and max(values)[0] > ALPHABET ** self.key_size:
-                raise ValueError(f"--{flag}: {max(values)[0]} different keys need a --key_size above {self.key_size}")
+                raise ValueError(f"--{flag}: {max(values)[0]} different keys need a --key_size above "
+                                 f"{self.key_size}")
 
     def batch(self, rng, size, stage, n_questions=None):
         """`size` samples of n pairs, with n_questions questions each."""
         (n_pairs,), n_keys = stage, ALPHABET ** self.key_size
         n_questions = n_questions or self.n_questions
         if self.rewrite:
-            keys = rng.integers(n_keys, size=(size, n_pairs))                                            # (B, n)
+            keys = rng.integers(n_keys, size=(size, n_pairs))                                         # (B, n)
         else:
-            keys = rng.permuted(np.tile(np.arange(n_keys), (size, 1)), axis=1)[:, :n_pairs]              # (B, n)
-        values = rng.integers(ALPHABET, size=(size, n_pairs))                                            # (B, n)
+            keys = rng.permuted(np.tile(np.arange(n_keys), (size, 1)), axis=1)[:, :n_pairs]           # (B, n)
+        values = rng.integers(ALPHABET, size=(size, n_pairs))                                         # (B, n)
         pairs = np.empty((size, n_pairs, self.key_size + 3), dtype=np.int64)
         pairs[..., :self.key_size] = spell(keys, self.key_size)
         pairs[..., self.key_size:] = np.stack(np.broadcast_arrays(TELL, SYMBOLS[values], END), axis=-1)
@@ -73,9 +75,9 @@ class Recall:
         if n_questions >= n_keys:
             asked = np.tile(np.arange(n_keys), (size, 1))             # every key, in order
         else:
-            order = np.where(latest >= 0, rng.random(latest.shape), 2.0)       # keys that occurred first, shuffled
-            asked = np.argsort(order, axis=1)[:, :n_questions]                                           # (B, Q)
-        where = np.take_along_axis(latest, asked, axis=1)                                                # (B, Q)
+            order = np.where(latest >= 0, rng.random(latest.shape), 2.0)  # keys that occurred first, shuffled
+            asked = np.argsort(order, axis=1)[:, :n_questions]                                        # (B, Q)
+        where = np.take_along_axis(latest, asked, axis=1)                                             # (B, Q)
         answers = np.where(where >= 0, SYMBOLS[np.take_along_axis(values, where, axis=1)], -1)
         questions = np.concatenate((spell(asked, self.key_size), np.full((*asked.shape, 1), ASK)), axis=-1)
         return Batch(segments(pairs.reshape(size, -1), self.segment_len), questions, answers[..., None])

@@ -1,5 +1,6 @@
 """
-Draw the figures from the rows in results/: python results/figures.py. Needs matplotlib (pip install matplotlib).
+Draw the figures from the rows in results/: python results/figures.py. Needs matplotlib (pip install
+matplotlib).
 
 One colour, line and marker for each memory, in every figure; they differ in grey, too.
 """
@@ -21,13 +22,20 @@ except ImportError:
     raise ImportError("figures need matplotlib: pip install matplotlib") from None
 
 HERE = Path(__file__).parent
-LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"), rmt=("#0066cc", "-", "o"),
-            armt=("#d62728", "-", "D"), fam=("#2a9d3a", "--", "^"), lm2=("#8e44ad", "-.", "P"))
-# BABILong, table 4 (up to 16k tokens), and ARMT, table 1 (beyond: mean and standard deviation of three runs)
-PAPER = {"ARMT (137M)": {1e3: (99, 0), 4e3: (100, 0), 16e3: (100, 0), 128e3: (99.9, .2), 1e6: (98.5, 1.0), 1e7: (89.4, 8.1),
-                         5e7: (49.6, 40.4)}}
-plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "armt",
-                     "figure.dpi": 100})
+LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"),
+            rmt=("#0066cc", "-", "o"), armt=("#d62728", "-", "D"), fam=("#2a9d3a", "--", "^"),
+            lm2=("#8e44ad", "-.", "P"))
+# ARMT of 137M parameters: BABILong, table 4 (up to 16k tokens), and ARMT, table 1 (beyond: mean and standard
+# deviation)
+LENGTHS = (0, 1_000, 4_000, 16_000, 128_000, 1_000_000, 10_000_000, 50_000_000)
+PAPER = dict(
+    qa1=((100, 0), (99, 0), (100, 0), (100, 0), (99.9, 0.2), (98.5, 1.0), (89.4, 8.1), (49.6, 40.4)),
+    qa2=((100, 0), (97, 0), (100, 0), (100, 0), (99.8, 0.2), (99.4, 0.3), (84.4, 4.0)),
+    qa3=((97, 0), (85, 0), (92, 0), (92, 0), (86.0, 4.8), (72.1, 14.2), (37.0, 10.3)),
+    qa4=((100, 0), (99, 0), (100, 0), (100, 0), (100.0, 0.1), (99.8, 0.3), (91.5, 1.7)),
+    qa5=((100, 0), (99, 0), (98, 0), (98, 0), (98.7, 0.4), (97.3, 0.6), (80.9, 7.6)))
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+                     "svg.hashsalt": "armt", "figure.dpi": 100})
 
 
 def look(memory):
@@ -56,7 +64,8 @@ def groups(folder, keep=lambda name, config: True):
 def line(axis, cells, **style):
     """Mean over seeds, and from the worst to the best seed as a shade."""
     x = [max(n, 0.5) for n in cells]
-    axis.fill_between(x, [min(v) for v in cells.values()], [max(v) for v in cells.values()], color=style["color"], alpha=0.12)
+    axis.fill_between(x, [min(v) for v in cells.values()], [max(v) for v in cells.values()],
+                      color=style["color"], alpha=0.12)
     axis.plot(x, [statistics.mean(v) for v in cells.values()], **style)
 
 
@@ -70,7 +79,8 @@ def save(figure, name):
 def pairs():
     """Accuracy against the number of pairs and of updates, one line a memory."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for axis, task, title in zip(axes, ("remember", "rewrite"), ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
+    for axis, task, title in zip(axes, ("remember", "rewrite"),
+                                 ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
         for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
         axis.set_xscale("log", base=2)
@@ -84,21 +94,19 @@ def pairs():
 def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
-    for axis, part in zip(axes, ("qa1", "qa2", "qa3", "qa4", "qa5")):
-        for align, style in ((8, dict(color="#d62728", linestyle="-", marker="D", label="sentences begin segments")),
-                             (0, dict(color="#ff8c00", linestyle="--", marker="o", label="cut anywhere, 64 tokens"))):
-            runs = [dict(eval=[row for row in run["eval"] if row["cell"].get("part") == part and row["cell"]["align"] == align])
-                    for _, run in read_runs(HERE / "babilong") if run["config"]["task"] == "babilong"]
-            if any(run["eval"] for run in runs):
-                line(axis, by_length(runs), **style)
-        if part == "qa1":
-            for name, points in PAPER.items():
-                axis.errorbar(list(points), [m for m, _ in points.values()], [s for _, s in points.values()], color="#0066cc",
-                              marker="s", linestyle=":", capsize=3, label=f"paper, {name}")
-            axis.legend(frameon=False, fontsize=8, loc="lower left")
+    runs = [run for _, run in read_runs(HERE / "babilong") if run["config"]["task"] == "babilong"]
+    for axis, part in zip(axes, PAPER):
+        mine = [dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part]) for run in runs]
+        line(axis, by_length(mine), color="#d62728", marker="D",
+             label="here: sentences begin segments of 8 tokens")
+        mean, spread = zip(*PAPER[part])
+        axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#0066cc", marker="s",
+                      linestyle=":", capsize=3, label="paper, ARMT 137M: segments cut anywhere")
         axis.set_xscale("symlog", linthresh=500)
         axis.set(title=part, xlabel="words (paper: tokens)", ylim=(0, 104))
+        axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
     axes[0].set_ylabel("accuracy, %")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     save(figure, "words")
 
 
@@ -121,7 +129,8 @@ def curve():
 def written(changes, file):
     """What each segment changed in the memory, as sample.py --written saw it."""
     figure, axis = plt.subplots(figsize=(9, 2.6))
-    axis.vlines([i for i, size in enumerate(changes, 1) if size], 0, [size for size in changes if size], color=LOOK["armt"][0])
+    axis.vlines([i for i, size in enumerate(changes, 1) if size], 0, [size for size in changes if size],
+                color=LOOK["armt"][0])
     axis.set(xlim=(0, len(changes) + 1), ylim=(0, None), xlabel="segment", ylabel="change of the memory",
              title=f"{sum(size > 0 for size in changes):,} of {len(changes):,} segments wrote")
     figure.tight_layout()

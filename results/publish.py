@@ -1,18 +1,19 @@
 """
 Keep what a run showed in one small file: its settings, its evaluation and a thinned curve.
 
-    python results/publish.py out/compare results/compare       one file for each finished run in out/compare
-    python results/publish.py --weights out/RUN DIR             config.json and float16 weights, enough to use the model
+    python results/publish.py out/compare results/compare   one file for each finished run in out/compare
+    python results/publish.py --weights out/RUN DIR         config.json and float16 weights, enough to use the
+                                                            model
 """
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.files import one_line_errors, write_atomically                  # noqa: E402
 from table import read_runs                                               # noqa: E402
-
-import json                                                               # noqa: E402
 
 MACHINE = ("out_dir", "device", "threads", "compile", "babi_dir")
 
@@ -26,11 +27,12 @@ def thin(curve, points=60):
 
 def as_text(run):
     """One JSON object, a line for each setting, row and point."""
-    config = {k: [Path(x).name for x in v] if k in ("background", "eval_text") else v for k, v in run["config"].items()
-              if k not in MACHINE}
-    part = lambda rows: "[\n" + ",\n".join(f"  {json.dumps({k: v for k, v in row.items() if k != 'kind'})}" for row in rows) + "]"
-    return (f'{{"config": {json.dumps(config)},\n "final": {json.dumps(run["final"])},\n "eval": {part(run["eval"])},\n'
-            f' "curve": {part(thin(run["curve"]))}}}\n')
+    config = {k: [Path(x).name for x in v] if k in ("background", "eval_text") else v
+              for k, v in run["config"].items() if k not in MACHINE}
+    part = lambda rows: "[\n" + ",\n".join(
+        f"  {json.dumps({k: v for k, v in row.items() if k != 'kind'})}" for row in rows) + "]"
+    return (f'{{"config": {json.dumps(config)},\n "final": {json.dumps(run["final"])},\n'
+            f' "eval": {part(run["eval"])},\n "curve": {part(thin(run["curve"]))}}}\n')
 
 
 def main():
@@ -38,18 +40,22 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--weights", action="store_true", help="the weights of one run, instead of what it showed")
+    parser.add_argument("--weights", action="store_true",
+                        help="the weights of one run, instead of what it showed")
     args = parser.parse_args()
     with one_line_errors("publish.py"):
         args.target.mkdir(parents=True, exist_ok=True)
         if args.weights:
             import torch
-            from train import load, save
+            from train import load
             config, model, _ = load(args.source)
             for name in MACHINE:
                 setattr(config, name, type(config)().__dict__[name])
             config.background, config.eval_text = [Path(file).name for file in config.background], []
-            save(args.target, config, model={name: p.half() for name, p in model.state_dict().items()})
+            text = json.dumps(asdict(config), indent=1) + "\n"
+            weights = dict(model={name: p.half() for name, p in model.state_dict().items()})
+            write_atomically(args.target / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+            write_atomically(args.target / "ckpt.pt", lambda path: torch.save(weights, path))
             print(f"{args.target}: {sum(p.stat().st_size for p in args.target.iterdir()):,} bytes")
         else:
             for name, run in read_runs(args.source):

@@ -1,9 +1,9 @@
 """
 Print the rows of runs as tables: mean and standard deviation over seeds, one line for each kind of run.
 
-    python results/table.py out                  the runs in the folders inside out
-    python results/table.py results/compare      published results, one file for each run
-    python results/table.py results/babilong --depth     also by where the oldest fact stands that a question needs
+    python results/table.py out                          the runs in the folders inside out
+    python results/table.py results/compare              published results, one file for each run
+    python results/table.py results/babilong --depth     also by the place of the oldest fact that is needed
 """
 import argparse
 import json
@@ -19,8 +19,8 @@ from data.files import one_line_errors, read_rows                        # noqa:
 
 def read_runs(folder):
     """
-    All finished runs in `folder`, of either form: [(name without seed, dict(config, final, eval, curve))]. What cannot be
-    read is named in one line and left out. ValueError if nothing is left.
+    All finished runs in `folder`, of either form: [(name without seed, dict(config, final, eval, curve))].
+    What cannot be read is named in one line and left out. ValueError if nothing is left.
     """
     runs = []
     for path in sorted([*Path(folder).glob("*/config.json"), *Path(folder).glob("*.json")]):
@@ -29,7 +29,8 @@ def read_runs(folder):
             if path.name == "config.json":
                 rows = read_rows(path.parent)
                 final = [row for row in rows if row["kind"] == "final"]
-                run = dict(config=run, eval=[row for row in rows if row["kind"] == "eval"], final=final[-1] if final else None,
+                run = dict(config=run, eval=[row for row in rows if row["kind"] == "eval"],
+                           final=final[-1] if final else None,
                            curve=[row for row in rows if row["kind"] == "train"])
             run["eval"] = [row for row in run["eval"] if row["cell"]]
             name = path.parent.name if path.name == "config.json" else path.stem
@@ -54,18 +55,22 @@ def interval(correct, n):
 
 
 def mean_of(rows):
-    """'95.5 +-1.0': mean accuracy of eval rows and its standard deviation, in per cent; '-' without a question."""
+    """'95.5 +-1.0': mean accuracy of eval rows and its standard deviation, in per cent; '-': no question."""
     values = [100 * row["accuracy"] for row in rows if row["accuracy"] is not None]
     spread = f" +-{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}" if values else "-"
 
 
 def pooled(rows):
-    return interval(sum(row["n"] * row["accuracy"] for row in rows if row["n"]), sum(row["n"] for row in rows))
+    return interval(sum(row["n"] * row["accuracy"] for row in rows if row["n"]),
+                    sum(row["n"] for row in rows))
 
 
 def cells_of(runs):
-    """{(kind of run, what was asked): (its runs, {length: eval rows})}; what was asked is a cell without length and n."""
+    """
+    {(kind of run, what was asked): (its runs, {length: eval rows})}; what was asked is a cell without length
+    and n.
+    """
     found = {}
     for name, run in runs:
         for row in run["eval"]:
@@ -78,10 +83,14 @@ def cells_of(runs):
 
 
 def print_table(runs, depth=False):
-    """One table for each task; runs of bAbI have a line for each part, and the 95% interval of all seeds' questions."""
+    """
+    One table for each task; runs of bAbI have a line for each part, and the 95% interval of all seeds'
+    questions.
+    """
     for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
         found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
-        lengths = sorted({length for _, cells in found.values() for length in cells}, key=lambda n: (isinstance(n, str), n))
+        lengths = sorted({length for _, cells in found.values() for length in cells},
+                         key=lambda n: (isinstance(n, str), n))
         asked = {json.dumps({k: v for k, v in json.loads(kind).items() if k != "part"}) for _, kind in found}
         lines = []
         for (name, kind), (mine, cells) in found.items():
@@ -94,18 +103,23 @@ def print_table(runs, depth=False):
                           *(mean_of(cells.get(length, [])) for length in lengths),
                           f"  (not learned: stage {', '.join(stuck)})" if stuck else ""])
             if task.startswith(("qa", "babilong")):
-                lines.append(["  95% interval", "", "", "", "", *(pooled(cells.get(length, [])) for length in lengths), ""])
-        head = ["accuracy, %", "seeds", "parameters", "state", "minutes", *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
+                lines.append(["  95% interval", "", "", "", "",
+                              *(pooled(cells.get(length, [])) for length in lengths), ""])
+        head = ["accuracy, %", "seeds", "parameters", "state", "minutes",
+                *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
         widths = [max(map(len, column)) for column in zip(head, *lines)]
         print()
         for line in [head, *lines]:
-            print("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:]))])
+            print("  ".join([line[0].ljust(widths[0]),
+                             *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:]))])
                   + line[-1])
         for (name, kind), (_, cells) in found.items() if depth else ():
             for length, rows in cells.items():
                 if all("depths" in row for row in rows):
-                    fifths = [[sum(part) for part in zip(*fifth)] for fifth in zip(*(row["depths"] for row in rows))]
-                    print(f"{name} {json.loads(kind).get('part', '')} {length:,}: correct by the place of the oldest fact: "
+                    fifths = [[sum(part) for part in zip(*fifth)]
+                              for fifth in zip(*(row["depths"] for row in rows))]
+                    print(f"{name} {json.loads(kind).get('part', '')} {length:,}: "
+                          f"correct by the place of the oldest fact: "
                           + "  ".join(f"{right}/{n} {interval(right, n)}" for n, right in fifths))
 
 

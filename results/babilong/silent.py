@@ -1,7 +1,8 @@
 """
-What a book does to a memory that has nothing to learn from it: tell a model of qa1 who is where, let it read, and ask
-on the way. Prints, after 1, 2, 4, ... thousand segments: how far the memory has moved from what was told, relative to
-its size; the share of segments that changed it in any bit; and how many of the questions are answered correctly.
+What a book does to a memory that has nothing to learn from it: tell a model of qa1 who is where, let it read,
+and ask on the way. Prints, after 1, 2, 4, ... thousand segments: how far the memory has moved from what was
+told, relative to its size; the share of segments that changed it in any bit; and how many of the questions
+are answered correctly.
 
     python results/babilong/silent.py out/forget data/books/pride_and_prejudice.txt
 """
@@ -42,9 +43,11 @@ def read_on(folder, book, rows=50, thousands=16):
             logits, _, _ = model(questions, state=state_map(lambda s: s[row], state))
             moved = [((b - a).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1).clamp(min=1e-9)).mean().item()
                      for a, b in zip(tensors(start), tensors(state))]
-            print(json.dumps(dict(run=Path(folder).name, segments=i, moved=round(float(np.mean(moved or [0])), 4),
+            correct = logits[:, -1].argmax(-1) == right
+            print(json.dumps(dict(run=Path(folder).name, segments=i,
+                                  moved=round(float(np.mean(moved or [0])), 4),
                                   wrote=round(wrote / max(1, i * rows), 5),
-                                  accuracy=round((logits[:, -1].argmax(-1) == right).float().mean().item(), 4))), flush=True)
+                                  accuracy=round(correct.float().mean().item(), 4))), flush=True)
         segment = torch.from_numpy(text[i % len(text)]).expand(rows, -1)
         _, new = model.memory(model.wte(segment), state_map(torch.clone, state))
         changed = [(a != b).flatten(1).any(1) for a, b in zip(tensors(state), tensors(new))]
