@@ -1351,19 +1351,19 @@ def test_a_sentence_that_looks_like_a_fact_is_none(library):
     words, dice, kinds = babilong.Words(), random.Random(0), []
     facts, text = list(map(words.encode, FACTS[:2])), babilong.Background(library, "test", words)
     known = {i for fact in facts for i in fact}
-    sentence = text.ids[text.begin[0]:text.begin[1]].tolist()
+    sentence = text.ids[:text.begin[3]].tolist()
     for _ in range(600):
         made = babilong.look_alike(dice, sentence, facts, known)
         spelled = f" {' '.join(map(str, made))} "
         # not even without its dot
         assert not any(f" {' '.join(map(str, fact[:-1]))} " in spelled for fact in facts)
-        assert set(made) <= known | set(sentence) and made[-1] == sentence[-1]
+        assert set(made) <= known | set(sentence) and 0 < made[-1] <= 3
         if made[-len(sentence):] == sentence:
             kinds.append("front")
         else:
             changed = [n for n, (a, b) in enumerate(zip(made, sentence)) if a != b]
             kinds.append("inside" if changed and max(changed) - min(changed) < 6 else "words")
-    assert all(kinds.count(kind) > 40 for kind in ("front", "words", "inside"))
+    assert all(kinds.count(kind) > 100 for kind in ("front", "words", "inside"))
 
 
 def sentences(ids):
