@@ -1,23 +1,25 @@
 """
-A small GPT that reads its text one segment at a time, and memories that reach from one segment to the next.
+A small GPT that reads text segment by segment, and seven ways to carry memory, or none, from one to the next.
 
     memory  carried from one segment to the next     who writes it               cost of a segment
     none    nothing                                  -                           T^2
-    full    keys and values of the whole past        every token, every layer    T N
+    full    keys and values of the whole past        every token, every layer    T (P + T)
     bswa    keys and values of the last W segments   every token, every layer    T (W + 1) T
     rmt     M vectors, one set for the model         the last layer              (T + 2M)^2
-    armt    a matrix A (and z) in each layer         memory tokens, every layer  (T + M)^2 + (T + M) D C
+    armt    a matrix A (and z) in each layer         memory tokens, every layer  (T + M)^2 + (T + M) D
     fam     M rows in each layer                     FAM rows, every layer       (T + M) (W T + M + T)
     lm2     a bank of M slots in each layer          slots, every layer          T^2 + 2 T M
 
 Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another.
-Depth is the loop in `Layered.forward`, one block after another. The memory is a value: it goes into a call as
+Depth is the loop in `Layered.forward`, one block after another (RMT has its own: its memory goes from top to
+bottom, and not from layer to the same layer). The memory is a value: it goes into a call as
 `state` and comes out as a new `state`, and no module keeps anything for itself. So an empty memory is
 `state=None`, two questions about one book use one state twice, and `torch.save(state)` saves a memory.
 
 Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, rows or slots (n_mem),
           C width (n_embd), L layers, H heads, d = C / H features of a head, W cached segments (window),
-          P tokens in a cache, D features of a key after phi, V words in the vocabulary
+          P tokens in a cache, D features of a key after phi, V words in the vocabulary,
+          R and S any number of rows, u memory tokens that write
 
 Sources:  RMT   Bulatov, Kuratov, Burtsev 2022, arXiv 2207.06881
           ARMT  Rodkin, Kuratov, Bulatov, Burtsev 2024, arXiv 2407.04841
@@ -38,9 +40,9 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """A model and its memory. What is None takes the memory's default; GPT refuses what does not fit."""
+    """A model and its memory. None means the memory's default; GPT raises ValueError if a field is wrong."""
     vocab_size: int = 128          # V, different tokens; set by the task
-    segment_len: int = 64          # T, tokens that the model sees at once
+    segment_len: int = 64          # T, tokens that the model reads at once
     n_layer: int = 2               # L, blocks
     n_head: int = 4                # H, attention heads in a block
     n_embd: int = 64               # C, width of the residual stream
@@ -48,14 +50,14 @@ class GPTConfig:
     n_mem: int | None = None       # M: memory tokens (rmt, armt), rows (fam), slots (lm2)
     d_mem: int | None = None       # armt: width of queries and keys before phi
     nu: int | None = None          # armt: order of the feature map DPFP-nu
-    rule: str | None = None        # armt: published, or delta (keys of length 1, no normaliser)
+    rule: str | None = None        # armt: published, or delta (unit-norm keys, no normaliser)
     gate: str | None = None        # armt: sigmoid, or hardsigmoid, which can shut completely
     window: int | None = None      # bswa, fam: W, segments in the cache
     mem_layers: int | None = None  # armt, lm2: layers, from the first, that have a memory; 0 means all
-    ablate: str = "nothing"        # what to leave out: words of the memory, joined by +
+    ablate: str = "nothing"        # what to leave out or change: words of the memory, joined by +
 
 
-EMBEDDING_STD = 0.5                # embeddings and memory tokens start on the scale of what blocks add
+EMBEDDING_STD = 0.5                # embeddings and memory tokens start at the scale of a block's update
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,9 +201,9 @@ class NoMemory(Layered):
 
 # ------------------------------------------------------------------------------------------------------------
 # full: the upper control, one causal attention over the whole past. It forgets nothing and pays for it: the
-# state grows by 2 C floats a token in each layer, and a segment costs all that was read before.
+# state grows by 2 C floats a token in each layer, and each segment attends to everything read before it.
 #
-#   carried: k, v (B, H, P, d) of the P past tokens, per layer; P is 0 at first      cost: T N
+#   carried: k, v (B, H, P, d) of the P past tokens, per layer; P is 0 at first      cost: T (P + T)
 #   Positions count from the first token; only distances matter, so this equals one long segment.
 
 class FullBlock(Block):                              # its forward(x, past) is just what is needed here
@@ -224,8 +226,8 @@ class FullAttention(Layered):
 #   carried: k, v (B, H, P, d) of the last P <= W T tokens, per layer; P is 0 at first
 #   cost: T (W + 1) T
 #   ablate: stop_gradient  the cache is a constant, as in Transformer-XL, so a segment cannot learn to be
-#                          useful to the next (Transformer-XL also hides all but the last W T tokens from a
-#                          token; the paper's table 8 finds no difference in that)
+#                          useful to the next (Transformer-XL also lets each token see only the W T tokens
+#                          before it; the paper's table 8 finds no difference in that)
 
 class BSWABlock(FullBlock):
     """Full attention that forgets: only W T tokens stay in its cache."""
@@ -265,7 +267,7 @@ class BSWA(Layered):
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
-    """Blocks without a state of their own, around a memory that goes from top to bottom."""
+    """Blocks without a state of their own; what the top layer makes of the memory enters the next bottom."""
     options, ablations = dict(n_mem=16), ("two_way",)
 
     def __init__(self, config):
@@ -294,7 +296,8 @@ class RMT(Layered):
 #
 #   Each layer owns a matrix A that answers "what belongs to this key?". All tokens query it before the
 #   layer; M memory tokens behind the segment write to it after the layer. To write is to correct: only what A
-#   does not yet answer is added (the delta rule), so a key keeps its last value.
+#   does not yet answer is added (the delta rule), so with beta = 1 a key keeps its last value. z adds up the
+#   keys, so that an answer q A / (q . z) is a weighted mean of values.
 #
 #       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y
 #       write   k = phi(u W_K)      v = u W_V      beta = sigmoid(u w_beta)
@@ -304,13 +307,13 @@ class RMT(Layered):
 #               z <- z + sum_i gamma_i k_i
 #       phi     DPFP-nu: r = [relu(x), relu(-x)], phi(x) = [r * roll(r, 1), ..., r * roll(r, nu)]
 #
-#   carried: A (B, D, C), z (B, D) per layer, zero at first; D = 2 nu d_mem     cost: (T + M)^2 + (T + M) D C
+#   carried: A (B, D, C), z (B, D) per layer, zero at first; D = 2 nu d_mem     cost: (T + M)^2 + (T + M) D
 #   rule    published: the equations above. delta: |phi(x)| = 1 and no z, so y = q A and vbar = k A, which is
 #           the authors' later form (`use_denom=False` in their code)
-#   gate    hardsigmoid is relu6(x + 3) / 6.  differs: a sigmoid is never 0, and what many segments of no
-#           importance add to A, little by little, buries what was written before
-#   ablate  no_delta: A adds up every value; no_gamma: z adds up every key; gated_z (which adds something):
-#           z <- z + beta gamma k, so that a gate that is shut leaves all of the memory as it is
+#   gate    sigmoid as published, or hardsigmoid, relu6(x + 3) / 6: a sigmoid never reaches 0, so many
+#           unimportant segments each add a little to A and bury older content
+#   ablate  no_delta: A adds up every value; no_gamma: z adds up every key; gated_z:
+#           z <- z + beta gamma k, so that a gate that is shut leaves both A and z unchanged
 #   The memory tokens stand last and attention is causal: no text sees them, A is the only way through.
 
 class ARMTBlock(Block):
@@ -323,8 +326,8 @@ class ARMTBlock(Block):
         self.n_mem, self.nu, self.rule, self.D = config.n_mem, config.nu, config.rule, 2 * config.nu * d_mem
         self.gate = F.hardsigmoid if config.gate == "hardsigmoid" else torch.sigmoid
         self.W_Q, self.W_K = nn.Linear(C, d_mem, bias=False), nn.Linear(C, d_mem, bias=False)
-        # differs: the authors start W_V at 0, which leaves the trained GPT that they wrap unchanged. From
-        # scratch that would only delay the moment at which the memory has something to say.
+        # differs: the authors start W_V at 0. Drawn like the rest it learns sooner; but with several memory
+        # tokens gradients of the published rule then grow with the segments (60 after 5, 6e3-8e4 after 50).
         self.W_V, self.w_beta = nn.Linear(C, C, bias=False), nn.Linear(C, 1)
 
     def init_state(self, batch_size):
@@ -344,7 +347,10 @@ class ARMTBlock(Block):
         return q @ A if z is None else q @ A / (q @ z.unsqueeze(-1) + self.eps)
 
     def write(self, u, A, z=None):
-        """Memory tokens u (B, M, C), which all see the same A and z -> new (A, z), or (A,) without z"""
+        """
+        Memory tokens u (B, M, C), which all see the same A and z -> (A, z), or (A,) without z. Where no
+        gradient is asked for, A is written in place: GPT.forward gives each call its own copy.
+        """
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
         overlap = None if z is None else k @ z.unsqueeze(-1) + self.eps           # (B, M, 1)
@@ -354,9 +360,9 @@ class ARMTBlock(Block):
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
         if z is None:
             return (A,)
-        # differs: the paper's gamma has no clip. When two tokens of a segment share a key, both add it to z,
-        # and without the clip the next segment overcorrects: 4, -8, 28, ... The authors' code clips it, too,
-        # and stops its gradient. In the first segment, where z is 0, gamma is 1.
+        # differs: the paper's gamma has no clip. Tokens of a segment that share a key all add it to z, and
+        # without the clip the next one overcorrects (four tokens: 4, -8, 28, ...). The authors' code clips
+        # it, too, and stops its gradient. In the first segment, where z is 0, gamma is 1.
         gamma = (1 - overlap / (k.square().sum(-1, keepdim=True) + self.eps)).clamp(0, 1).detach()
         gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)                 # (B, M, 1)
         if "no_gamma" in self.ablate:
@@ -365,7 +371,7 @@ class ARMTBlock(Block):
 
     def forward(self, x, state):
         """Tokens and memory tokens x (B, T + M, C), state (A, z) or (A,) -> x, state"""
-        with torch.autocast(x.device.type, enabled=False):       # a memory is a sum of many: in float32
+        with torch.autocast(x.device.type, enabled=False):       # A and z add up many terms: float32
             x = x + self.read(x, *state).to(x.dtype)  # memory tokens read, too; no LayerNorm, as published
         x, _ = super().forward(x)                                                 # (B, T + M, C)
         with torch.autocast(x.device.type, enabled=False):
@@ -401,11 +407,11 @@ class ARMT(Layered):
 #
 #   carried: F (B, M, C); 0 or 1 (B, 1, 1), was F ever written?; bswa's cache k, v; per layer
 #   cost: (T + M) (W T + M + T); the only new parameters are the prompt's M C
-#   ablate  no_copy        rows have no residual
-#           sum_fam        rows query with a learned vector each, and have no residual
+#   ablate  no_copy        rows have no residual around attention
+#           sum_fam        rows query with a learned vector each, and have no residual around attention
 #           stop_gradient  as in bswa: of the cache
-#   F_0 of a layer is the learned prompt after the layers below it, run alone: what the layer below has made
-#   of the first segment would show tokens their own future. Rows stand at the last M positions before the
+#   F_0 of a layer is the learned prompt, run alone through the layers below: what the layer below has made of
+#   the first segment would show tokens their own future. Rows stand at the last M positions before the
 #   segment, as queries and as keys (the paper leaves open where the queries stand).
 #   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
 #   position offset is left out: rotary scores do not depend on it.
@@ -478,10 +484,12 @@ class FAM(Layered):
 #   carried: bank (B, M, C), at first M rows of an identity, in each of the first mem_layers layers
 #   cost: T^2 + 2 T M
 #   ablate  no_output_gate, no_input_gate, no_forget_gate: the gate is 1
-#   differs: paper and code have as many slots as tokens and one bank that goes through all layers; here slots
-#   query tokens (as in the first author's earlier code), and each layer reads the bank it wrote before.
-#   differs: gradient crosses segments. In the published code it does not, and a token sees a mean over its
-#   whole segment, the future included (test_lm2_cannot_predict_random_tokens... shows what that does).
+#   differs: the paper writes E, so row t of the bank belongs to token t, and one bank goes through all layers.
+#   Here slots query tokens (as in the first author's earlier code), and each layer reads the bank it wrote.
+#   differs: the paper's output gate multiplies the bank, and its input gate sees tokens. Here it multiplies E,
+#   and the other two see U and the bank, as in the published code, which has no output gate.
+#   differs: gradient crosses segments, and tokens read what the segment before has written. In the published
+#   code its gates show a token its future (test_lm2_cannot_predict_random_tokens... has another such leak).
 
 class CrossAttention(nn.Module):
     """Rows of x query rows of m, all of them, without positions and without an output projection."""
@@ -549,15 +557,15 @@ class LM2(Layered):
 # ------------------------------------------------------------------------------------------------------------
 # The model: embedding, time loop, head
 
-# Add yours: MEMORIES["mine"] = Mine, a module Mine(config) with init_state(batch_size) and
-# forward(x, state) -> (h, state): one segment through all layers, final LayerNorm included.
+# Add yours: MEMORIES["mine"] = Mine, a module Mine(config) with init_state(batch_size) -> nested tuples of
+# tensors and forward(x, state) -> (h, state): one segment through all layers, final LayerNorm included.
 MEMORIES = dict(none=NoMemory, full=FullAttention, bswa=BSWA, rmt=RMT, armt=ARMT, fam=FAM, lm2=LM2)
 CHOICES = dict(rule=("published", "delta"), gate=("sigmoid", "hardsigmoid"))
-OPTIONAL = ("n_mem", "d_mem", "nu", "rule", "gate", "window", "mem_layers")     # what not every memory has
+OPTIONAL = ("n_mem", "d_mem", "nu", "rule", "gate", "window", "mem_layers")     # only some memories have them
 
 
 def state_map(f, *states):
-    """Apply f to each tensor of a state (nested tuples of tensors), or of several states alike."""
+    """Apply f to each tensor of a state (nested tuples of tensors), or to those of several states in turn."""
     if torch.is_tensor(states[0]):
         return f(*states)
     return tuple(state_map(f, *parts) for parts in zip(*states))
@@ -596,7 +604,7 @@ def checked(config):
         if not least <= (least if getattr(config, name) is None else getattr(config, name)) <= 65536:
             raise ValueError(f"{name}: {getattr(config, name)} is not between {least} and 65,536")
     if config.memory == "lm2" and config.n_mem > config.n_embd:
-        raise ValueError(f"n_mem: of more slots than n_embd = {config.n_embd}, some would start alike")
+        raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even size")
     for word in config.ablate.split("+"):
@@ -623,13 +631,13 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):         # as in GPT-2: 2 L branches add up in the end
                 p.data /= (2 * config.n_layer) ** 0.5
             # differs: queries and keys start small, so attention starts flat. Drawn like the rest they look
-            # at some tokens from the start, and a random choice is slow to unlearn: `full` needed 790, 1,320
-            # and over 2,600 steps for its first two pairs, and 460 to 570 with this.
+            # at some tokens from the start, and a random choice is slow to unlearn: to recall one of two
+            # pairs, `full` needed 790, 1,320 and over 2,600 steps, and 460 to 570 with this.
             if name.endswith("c_attn.weight"):
                 p.data[:2 * config.n_embd] *= 0.1
 
     def _init_weights(self, module):
-        # differs: GPT-2 draws with 0.02, about 1/sqrt(C) at its width of 768 and far too little here.
+        # differs: GPT-2 draws with 0.02 at its width of 768, which would be far too little here.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             if module.bias is not None:
@@ -650,8 +658,8 @@ class GPT(nn.Module):
         empty one). Returns logits, loss, state.
 
           targets None     logits (B, 1, V) of the last position; loss None
-          targets (B, N)   what each position should say, -1 where anything goes: logits (B, n, V) of the n
-                           columns with a target in some row; loss is the mean over all targets, 0 if none
+          targets (B, N)   the target of each position, -1 to ignore it: logits (B, n, V) of the n columns
+                           with a target in some row; loss is the mean over all targets, 0 if none
 
         A short last segment reads and writes like any other; the next call begins a new one.
         """
@@ -674,8 +682,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def read(self, idx, state=None, tail=None):
         """
-        Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the state after
-        all full segments, and the last 1 to T tokens, which wait in case their segment continues.
+        Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the last 1 to T
+        tokens wait as `tail`, as the answer is due after them; the state is that of the segments before.
         """
         text = idx if tail is None else torch.cat((tail, idx), dim=1)
         full = max(text.size(1) - 1, 0) // self.config.segment_len * self.config.segment_len
@@ -687,11 +695,11 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, state=None, temperature=1.0):
         """
         Continue a text: idx (B, n), n >= 1 -> (B, n + max_new_tokens). The prompt is streamed, so its length
-        costs time but no memory. temperature 0 takes the likeliest token.
+        costs time but no space beyond the state. temperature 0 takes the likeliest token.
         """
         state, tail = self.read(idx, state)
         for _ in range(max_new_tokens):
-            logits, _, _ = self(tail, state=state)     # the tail, again: its segment is not complete
+            logits, _, _ = self(tail, state=state)     # the tail, again, from the state before it
             logits = logits[:, -1]                                                # (B, V)
             token = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
                 F.softmax(logits / temperature, dim=-1), 1)                       # (B, 1)

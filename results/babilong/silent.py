@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-import numpy as np                                                        # noqa: E402
 import torch                                                              # noqa: E402
 from tqdm import tqdm                                                     # noqa: E402
 
@@ -41,11 +40,11 @@ def read_on(folder, book, rows=50, thousands=16):
     for i in tqdm(range(1000 * thousands + 1), desc=Path(folder).name, leave=False):
         if i % 1000 == 0 and i // 1000 & (i // 1000 - 1) == 0:
             logits, _, _ = model(questions, state=state_map(lambda s: s[row], state))
-            moved = [((b - a).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1).clamp(min=1e-9)).mean().item()
-                     for a, b in zip(tensors(start), tensors(state))]
+            size, moved = (sum(x.square().sum().item() for x in tensors(s)) ** 0.5
+                           for s in (start, state_map(torch.sub, state, start)))
             correct = logits[:, -1].argmax(-1) == right
             print(json.dumps(dict(run=Path(folder).name, segments=i,
-                                  moved=round(float(np.mean(moved or [0])), 4),
+                                  moved=round(moved / max(size, 1e-9), 4),
                                   wrote=round(wrote / max(1, i * rows), 5),
                                   accuracy=round(correct.float().mean().item(), 4))), flush=True)
         segment = torch.from_numpy(text[i % len(text)]).expand(rows, -1)
