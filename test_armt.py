@@ -41,6 +41,7 @@ import armt
 import sample
 import train
 from armt import GPT, GPTConfig, MEMORIES
+from results import table
 from data import (SPLITS, babi, babilong, chunks, download, fill, files, generator, make_task, passkey,
                   recall, segments)
 
@@ -1977,6 +1978,16 @@ def test_every_command_of_the_readme_parses(monkeypatch):
                 train.grid(like, given)
             elif like:
                 assert Path(like).exists(), like
+
+
+def test_every_table_of_accuracies_is_that_of_the_rows(capsys):
+    for folder in sorted({path.parent for path in (TOP / "results").rglob("*.json")}):
+        table.print_table(table.read_runs(folder))
+    printed = {line.rstrip() for line in capsys.readouterr().out.splitlines()}
+    shown = [line for path in (TOP / "README.md", TOP / "results" / "README.md")
+             for block in re.findall(r"```\n(accuracy, %.*?)```", path.read_text(encoding="utf-8"), re.S)
+             for line in block.splitlines() if line]
+    assert len(shown) > 40 and not [line for line in shown if line not in printed]
 
 
 @pytest.mark.slow

@@ -83,11 +83,17 @@ def pairs():
                                  ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
         for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
+        if task == "remember":
+            (_, own), = read_runs(HERE / "own")
+            line(axis, by_length([own]), color=LOOK["rmt"][0], linestyle=":", marker="o", label="rmt, own recipe")
         axis.set_xscale("log", base=2)
+        ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
+        axis.set_xticks(ticks, ticks)
+        axis.minorticks_off()
         axis.axhline(6.25, color="#bbbbbb", linewidth=1)
         axis.set(xlabel=title, ylim=(-2, 103))
     axes[0].set_ylabel("accuracy, % (mean, and all of three seeds)")
-    axes[1].legend(ncol=2, frameon=False, fontsize=9)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), ncol=2, frameon=False, fontsize=9, loc=(0.02, 0.4))
     save(figure, "pairs")
 
 
@@ -113,7 +119,7 @@ def words():
 def curve():
     """Loss against steps: the plateau, and the stages of the curriculum."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    _, run = next((name, run) for name, run in read_runs(HERE / "compare") if name == "remember-rmt")
+    (_, run), = read_runs(HERE / "own")
     steps, loss, stages = zip(*((row["step"], row["loss"], row["stage"]) for row in run["curve"]))
     axis.plot(steps, loss, color=LOOK["rmt"][0])
     for stage in dict.fromkeys(stages):
@@ -121,7 +127,7 @@ def curve():
         axis.axvline(first, color="#cccccc", linewidth=1)
         axis.text(first, 3.0, f" {stage}", fontsize=10, va="top")
     axis.axhline(0.6931, color="#888888", linestyle=":")
-    axis.text(steps[-1], 0.72, "ln 2: one of the two values seen", ha="right", fontsize=9)
+    axis.text(steps[-1], 0.72, "ln 2: one of two values seen", ha="right", fontsize=8)
     axis.set(xlabel="step (a line begins a stage, with its pairs)", ylabel="loss", ylim=(0, 3.1))
     save(figure, "curve")
 
