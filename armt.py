@@ -606,7 +606,7 @@ def checked(config):
     if config.memory == "lm2" and config.n_mem > config.n_embd:
         raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
-        raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even size")
+        raise ValueError(f"n_embd: {config.n_embd} does not split into n_head = {config.n_head} even ones")
     for word in config.ablate.split("+"):
         if word not in ("nothing", *words) or word in ("no_gamma", "gated_z") and config.rule == "delta":
             raise ValueError(f"ablate: memory '{config.memory}' has no '{word}'; it has "

@@ -37,13 +37,13 @@ from torch import distributed
 from tqdm import tqdm
 
 from armt import GPT, MEMORIES, OPTIONAL, GPTConfig, checked, state_floats, state_map, tensors
-from data import chunks, defaults, fill, generator, make_task, numbers
-from data.files import add_row, one_line_errors, only_user, read_rows, write_atomically
+from data import chunks, fill, find, generator, make_task, numbers
+from data.files import add_row, one_line_errors, only_user, read_rows, write_atomically, write_rows
 
 
 @dataclass
 class Config(GPTConfig):
-    """A run. Each field is a flag, and its comment the help. Defaults of the task come before these."""
+    """A run. Each field is a flag, and its comment the help. A task's own defaults override these."""
     # the task
     vocab: list = ()                # set by the task: the words with ids of their own
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
@@ -86,9 +86,7 @@ WEIGHT_DECAY, WARMUP, LEAST_STEPS = 1e-3, 100, 25         # LEAST_STEPS of a sta
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Flags
-# ------------------------------------------------------------------------------------------------------------
+# --- Flags --------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -97,9 +95,8 @@ class Parser(argparse.ArgumentParser):
 
 def comma_list(kind):
     """A type for argparse: one value, or several with commas between them."""
-    def convert(text):
-        return [kind(part) for part in text.split(",")]
-    convert.__name__ = kind.__name__
+    convert = lambda text: [kind(part) for part in text.split(",")]
+    convert.__name__ = kind.__name__                                    # for its messages
     return convert
 
 
@@ -133,10 +130,11 @@ def parse(argv):
 def grid(like, given):
     """All runs that the flags ask for, checked: a list of Config, each with its own folder as out_dir."""
     base, configs, why = asdict(read_config(like)) if like else {}, [], ""
+    base = {name: value for name, value in base.items() if name not in ("out_dir", "vocab")}
     varied = [name for name, values in given.items() if len(values) > 1]
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
-        c = Config(**{**defaults(chosen.get("task", base.get("task", Config.task))), **base, **chosen})
+        c = Config(**{**find(chosen.get("task", base.get("task", Config.task)))[1], **base, **chosen})
         options = getattr(MEMORIES.get(c.memory), "options", {})
         for name in OPTIONAL:
             if name not in chosen and name not in options:      # a task, or --like, has it for another memory
@@ -180,9 +178,10 @@ def check(c, chosen, training=True):
     The config with the memory's defaults, if it holds nothing that training or evaluation would stumble over,
     and `chosen`, the flags that were given, all apply. Otherwise ValueError names the flag.
     """
-    ranges = dict(key_size=(1, 4), questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, 1e9),
-                  learned=(0, 1), last_steps=(1, 1e9), price=(0, 1e6), batch_size=(1, 1e6), lr=(0, 100),
-                  muon_lr=(0, 100), clip=(0, 1e9), seed=(0, 2 ** 32 - 1), compile=(0, 1), threads=(0, 1024))
+    most = 10 ** 9
+    ranges = dict(key_size=(1, 4), questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, most),
+                  learned=(0, 1), last_steps=(1, most), price=(0, most), batch_size=(1, most), lr=(0, 100),
+                  muon_lr=(0, 100), clip=(0, most), seed=(0, 2 ** 32 - 1), compile=(0, 1), threads=(0, 1024))
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:                  # nan is refused, too
             raise ValueError(f"--{name}: {getattr(c, name)} is not between {low} and {high:,}")
@@ -216,9 +215,7 @@ def pick_device(name):
     return found[0] if name == "auto" else name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The folder of a run
-# ------------------------------------------------------------------------------------------------------------
+# --- The folder of a run ------------------------------------------------------------------------------------
 
 def read_config(path):
     """The Config in a run's folder or results file. Old names become new ones, what is gone is dropped."""
@@ -233,14 +230,13 @@ def read_config(path):
                           mem_layers=None)
             saved |= {name: None for name in OPTIONAL if name not in options}
             saved["ablate"] = "nothing" if delta else saved["ablate"]
-        known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-        wrong = [f.name for f in fields(Config) if f.name in known and not isinstance(
-            known[f.name], float | int if f.type is float else f.type)]
-    except (OSError, ValueError, AttributeError, KeyError, RecursionError):
-        raise ValueError(f"{path} holds no run: {file.name} is missing or damaged") from None
-    if wrong:
-        raise ValueError(f"{file}: {wrong[0]} is {known[wrong[0]]!r:.40}")
-    return Config(**known)
+        config = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
+        kinds = {float: float | int, list: list | tuple}
+        if all(isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)):
+            return config
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} holds no run: {file.name} is missing or damaged")
 
 
 def load(folder, device="cpu"):
@@ -267,16 +263,13 @@ def save(c, model, optimizers, progress):
         write_atomically(Path(c.out_dir, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------------------
 
 def change(old, new):
     """How far a memory moved: (B,), the sum over its tensors of |new - old| / (1 + |old|)."""
-    def size(x):
-        return torch.linalg.vector_norm(x.flatten(1), dim=1)                                     # (B,)
-    moved = [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new))]
-    return sum(moved) if moved else torch.zeros(1)
+    size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
+    moved = (size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new)))
+    return sum(moved, torch.zeros(()))
 
 
 def ask(model, questions, answers, state):
@@ -318,7 +311,9 @@ class BatchLoss(torch.nn.Module):
 
 
 def compiled(model, c):
-    """Give `model` compiled code for the segments of full batches; others go through the usual code."""
+    """With --compile, give `model` compiled code for segments of full batches; others use the usual code."""
+    if not c.compile:
+        return
     shapes = {(c.batch_size // WORLD, T) for T in (c.align or c.segment_len, c.segment_len)}      # (rows, T)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     on_gpu = model.lm_head.weight.device.type == "cuda"
@@ -417,9 +412,7 @@ def train(c, model, task, device, optimizers, p):
     return p["done"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------------------
+# --- Evaluation ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def answer(model, questions, device, bar):
@@ -436,7 +429,8 @@ def answer(model, questions, device, bar):
 def evaluate(c, model, task, device, answer=answer):
     """A row of metrics.jsonl for each part of the task and length. Rows that are there are not made again."""
     model.config.segment_len = c.align or c.segment_len
-    done = [row["cell"] for row in read_rows(c.out_dir) if row["kind"] == "eval"]
+    write_rows(c.out_dir, rows := read_rows(c.out_dir))          # without half a last row
+    done = [row["cell"] for row in rows if row["kind"] == "eval"]
     for cell in task.cells(c):
         if cell in done:
             continue
@@ -463,15 +457,14 @@ def evaluate(c, model, task, device, answer=answer):
         print(line + f" ({left_out} stories are longer and left out)" * (left_out > 0))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The program
-# ------------------------------------------------------------------------------------------------------------
+# --- The program --------------------------------------------------------------------------------------------
 
 def one_run(c):
     """Train, or continue training, then evaluate. False when it was stopped."""
     device, folder, task = pick_device(c.device), Path(c.out_dir), make_task(c)
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
+    model.config.segment_len = c.align or c.segment_len
     optimizers, rows = make_optimizers(model, c), read_rows(folder)
     progress = dict(step=0, stage=0, stage_step=0, sums={}, seconds=0.0, learned=False, done=False)
     if (folder / "ckpt.pt").exists():
@@ -487,8 +480,7 @@ def one_run(c):
             optimizer.load_state_dict(state)
         progress = checkpoint["progress"]
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(folder / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        write_rows(folder, rows)
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
     else:
@@ -502,8 +494,7 @@ def one_run(c):
     print(f"{folder}: {c.task}, memory {c.memory} ({', '.join(options)}); {sizes['parameters']:,} parameters,"
           f" {sizes['state_floats']:,} floats carried{' for each token' * (c.memory == 'full')}; {device}, "
           f"{sizes['threads']} threads, torch {sizes['torch']}")
-    if c.compile:
-        compiled(model, c)
+    compiled(model, c)
     if not progress["done"] and not train(c, model, task, device, optimizers, progress):
         print(f"stopped at step {progress['step']} and saved; the same command continues")
         return False
@@ -522,16 +513,15 @@ def main(argv=None):
     with one_line_errors("train.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)      # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
         configs = to_evaluate(given) if eval_only else grid(like, given)
-        torch.set_num_threads(configs[0].threads or int(os.environ.get("OMP_NUM_THREADS", 1)))
         if WORLD > 1:
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         for c in configs:
+            torch.set_num_threads(c.threads or int(os.environ.get("OMP_NUM_THREADS", 1)))
             with only_user(c.out_dir) if RANK == 0 else nullcontext():
                 if eval_only:
                     model = load(c.out_dir, device := pick_device(c.device))[1]
-                    if c.compile:
-                        compiled(model, c)
+                    compiled(model, c)
                     evaluate(c, model, make_task(c), device)
                 elif not one_run(c):
                     sys.exit(130)

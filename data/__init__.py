@@ -47,34 +47,29 @@ def generator(seed, split, *place):
     return np.random.default_rng((seed, SPLITS.index(split), *place))
 
 
-def numbers(flag, text):
-    """'0,1k,2/64' -> [(0,), (1000,), (2, 64)]. ValueError names the flag."""
-    number = r"\d{1,9}[kM]?"
-    if not re.fullmatch(rf"{number}(/{number})*(,{number}(/{number})*)*", text):
-        raise ValueError(f"--{flag}: '{text}' is not a list of whole numbers, such as 2,4,8 or 0,1k or "
-                         f"10/128,10/256")
-    return [tuple(int(n.rstrip("kM")) * dict(k=1000, M=1000000).get(n[-1], 1) for n in part.split("/"))
-            for part in text.split(",")]
+def numbers(flag, text, most=2, least=0):
+    """'0,1k,2/64' -> [(0,), (1000,), (2, 64)]: at most `most` each, the first >= `least`; else ValueError."""
+    found = [re.findall(r"(\d{1,9})([kM]?)", part) for part in text.split(",")]
+    values = [tuple(int(n) * dict(k=1000, M=1000000).get(unit, 1) for n, unit in part) for part in found]
+    whole = re.fullmatch(r"\d{1,9}[kM]?([/,]\d{1,9}[kM]?)*", text)
+    if not whole or any(len(value) > most or value[0] < least for value in values):
+        raise ValueError(f"--{flag}: '{text}' is not a list of numbers from {least} on, such as 2,4,8 or 1,1k"
+                         + " or 10/128,10/256" * (most > 1))
+    return values
 
 
-def eval_points(config):
+def eval_points(config, least=1):
     """[(length, number of questions)] of --eval_lengths and --eval_samples. ValueError names the flag."""
-    lengths = numbers("eval_lengths", config.eval_lengths)
-    counts = numbers("eval_samples", config.eval_samples)
-    for flag, values in (("eval_lengths", lengths), ("eval_samples", counts)):
-        if any(len(value) > 1 for value in values):
-            raise ValueError(f"--{flag}: '{getattr(config, flag)}' has a slash")
-    if min(counts) < (1,):
-        raise ValueError(f"--eval_samples: '{config.eval_samples}' has a number below 1")
+    counts = numbers("eval_samples", config.eval_samples, 1, 1)
+    lengths = numbers("eval_lengths", config.eval_lengths, 1, least)
     return [(length, counts[min(i, len(counts) - 1)][0]) for i, (length,) in enumerate(lengths)]
 
 
-def fill(rows, length=None):
-    """Ragged rows of ids -> one array (len(rows), length or the longest), filled in front with 0."""
-    length = max(map(len, rows)) if length is None else length
-    out = np.zeros((len(rows), length), dtype=np.int64)
+def fill(rows):
+    """Ragged rows of ids -> one array (len(rows), the longest), left-padded with 0."""
+    out = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for row, ids in zip(out, rows):
-        row[length - len(ids):] = ids
+        row[len(row) - len(ids):] = ids
     return out
 
 
@@ -111,24 +106,16 @@ def _blocks(pieces, size):
         yield np.concatenate(block)
 
 
-def defaults(task):
-    """A task's settings where no flag says otherwise: fields of train.Config. ValueError if there is none."""
+def find(task):
+    """A task's class, and its settings where no flag says otherwise. ValueError if there is none."""
     from . import babilong, passkey, recall              # they import this file
-    for module in (recall, passkey, babilong):
-        if (found := module.defaults(task)) is not None:
-            return dict(found, task=task)
-    raise ValueError(f"--task: there is no '{task}'; choose one of "
-                     f"{', '.join([*recall.TASKS, *passkey.KINDS])}, "
-                     f"babilong (bAbI's first five in one model), or qa1 to qa5, or several of these, "
-                     f"as in qa1+qa2")
+    tasks = {**dict.fromkeys(recall.TASKS, recall.Recall), **dict.fromkeys(passkey.TASKS, passkey.PassKey)}
+    if task not in [*tasks, "babilong"] and not set(task.split("+")) <= {f"qa{i}" for i in range(1, 6)}:
+        raise ValueError(f"--task: there is no '{task}'; choose {', '.join(tasks)}, babilong (qa1 to qa5 in "
+                         f"one model), or some of qa1 to qa5, as in qa1+qa2")
+    settings = recall.TASKS | passkey.TASKS | babilong.TASKS
+    return tasks.get(task, babilong.BABILong), dict(settings.get(task, settings["babilong"]), task=task)
 
 
 def make_task(config):
-    """The task of a run."""
-    from . import babilong, passkey, recall
-    defaults(config.task)
-    if config.task in recall.TASKS:
-        return recall.Recall(config)
-    if config.task in passkey.KINDS:
-        return passkey.PassKey(config)
-    return babilong.BABILong(config)
+    return find(config.task)[0](config)

@@ -10,6 +10,7 @@ import itertools
 import re
 import zlib
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +41,7 @@ class Sample(NamedTuple):
     support: tuple           # indices of the facts that tell the answer
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The published files
-# ------------------------------------------------------------------------------------------------------------
+# --- The published files ------------------------------------------------------------------------------------
 
 FACT = re.compile(r"([1-9]\d*) ([^\t?]*[^\t? ])")
 QUESTION = re.compile(r"([1-9]\d*) ([^\t]*\? ?)\t([^\t]*[^\t ])\t(\d+(?: \d+)*)")
@@ -82,14 +81,6 @@ def read_stories(path):
     return stories
 
 
-def write_stories(stories):
-    """The text of a bAbI file, the exact inverse of read_stories."""
-    def show(line):
-        support = " ".join(map(str, line.support))
-        return line.text if line.answer is None else f"{line.text}\t{line.answer}\t{support}"
-    return "".join(f"{n} {show(line)}\n" for story in stories for n, line in enumerate(story, start=1))
-
-
 def story_samples(story):
     """One Sample per question: it sees all earlier facts of its story and none of the earlier questions."""
     out, facts, index = [], [], {}                                      # index[n] is the fact on line n
@@ -113,33 +104,24 @@ def spread(stories):
     return [own[(i + r) % len(own)] for r in range(rounds) for i, own in enumerate(each) if r < len(own)]
 
 
-def fingerprint(facts):
-    """A number below 2^32 for what a story tells."""
-    return zlib.crc32("\n".join(facts).encode())
+@lru_cache(1)
+def published():
+    """The crc32 of all that stands before a question of the published test files of qa1 to qa5."""
+    return set(np.load(Path(__file__).parent / "published.npy").tolist())
 
 
 def is_published(facts):
-    """True if just these facts stand before a question of the published test files of qa1 to qa5."""
-    if not PUBLISHED:
-        PUBLISHED.update(np.load(Path(__file__).parent / "published.npy").tolist())
-    return fingerprint(facts) in PUBLISHED
+    return zlib.crc32("\n".join(facts).encode()) in published()
 
 
-PUBLISHED = set()            # fingerprints of the published test stories, read from published.npy when needed
+def find_file(folder, task):
+    """The file `qa1_*_test.txt` in `folder` or in its `en-10k`."""
+    for found in (*Path(folder).glob(f"{task}_*_test.txt"), *Path(folder).glob(f"en-10k/{task}_*_test.txt")):
+        return found
+    raise ValueError(f"--babi_dir: no {task}_*_test.txt in {folder} or in {Path(folder) / 'en-10k'}")
 
 
-def find_file(folder, task, split="test"):
-    """The file `qa1_*_test.txt` in `folder` or in its `en-10k`. FileNotFoundError says where it looked."""
-    for place in (Path(folder), Path(folder) / "en-10k"):
-        found = sorted(place.glob(f"{task}_*_{split}.txt"))
-        if found:
-            return found[0]
-    raise FileNotFoundError(f"babi_dir: no {task}_*_{split}.txt in {folder} or in {Path(folder) / 'en-10k'}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The worlds of qa1 to qa5
-# ------------------------------------------------------------------------------------------------------------
+# --- The worlds of qa1 to qa5 -------------------------------------------------------------------------------
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")                             # those that can be simulated
 PLACES = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
@@ -344,9 +326,7 @@ def simulate(dice, task, n_stories, window=WINDOW):
     return stories
 
 
-# ------------------------------------------------------------------------------------------------------------
-# All that a text answers
-# ------------------------------------------------------------------------------------------------------------
+# --- All that a text answers --------------------------------------------------------------------------------
 
 class Spot:
     """Where somebody or something is: a place, or one not named so far. Two spots may turn out to be one."""

@@ -19,6 +19,7 @@ from . import Batch, Question, babi, eval_points, fill, generator, numbers, segm
 from .files import read_text
 
 MARKS = [".", "?", "!"]
+SHORTEST = 10                       # tokens of a sentence of the background, its mark included
 BUCKETS = 1024                      # ids shared by all words that are not the task's
 SWAPPED = 0.3                   # share of those words that are swapped in training: no text is known by heart
 PROSE = "prose"                     # the name of the built-in background
@@ -34,11 +35,6 @@ TASKS = dict(
     qa5=dict(BASE, stages="4/0,10/0,20/0,20/128,20/256"),
     babilong=dict(BASE, learned=0.93, stages="2/0,4/0,6/0,10/0,20/0,40/128,40/256", last_steps=2000))
 ALL = ["qa1", "qa2", "qa3", "qa3", "qa3", "qa4", "qa4", "qa5"]   # rows for what is slow to learn
-
-
-def defaults(task):
-    """Fields of train.Config for a task of this file, None for any other."""
-    return TASKS.get(task, TASKS["babilong"] if set(task.split("+")) <= set(babi.TASKS) else None)
 
 
 def parts(task):
@@ -99,9 +95,7 @@ class Words:
         return int((np.asarray(ids) > len(MARKS)).sum())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Background text
-# ------------------------------------------------------------------------------------------------------------
+# --- Background text ----------------------------------------------------------------------------------------
 
 GRAMMAR = {
     "S": ["NP VP and NP VP .", "NP VP because NP VP .", "when NP VP , NP VP .", "ADV , NP VP with NP .",
@@ -150,13 +144,13 @@ def split_sentences(words, text):
 
 class Background:
     """
-    Sentences to hide facts in: those of at least `shortest` tokens of the given UTF-8 files, in their natural
+    Sentences to hide facts in: those of at least SHORTEST tokens of the given UTF-8 files, in their natural
     order. `part` says which of them: 'train' is the first 90% of each text, 'val' the rest, 'test' all of it;
     for the built-in prose these are three different texts. `change` is a function that each of them goes
     through, from ids to ids. Errors (a missing, empty or non-text file) name the file.
     """
 
-    def __init__(self, files, part, words, align=0, change=list, shortest=10):
+    def __init__(self, files, part, words, align=0, change=list):
         flat = []                                                            # sentences, as lists of ids
         for file in files:
             if str(file) == PROSE:
@@ -166,9 +160,9 @@ class Background:
                 sentences = split_sentences(words, read_text(file))
                 end = len(sentences) * 9 // 10
                 sentences = dict(train=sentences[:end], val=sentences[end:], test=sentences)[part]
-            long = [words.pad(change(s), align) for s in sentences if len(s) >= shortest]
+            long = [words.pad(change(s), align) for s in sentences if len(s) >= SHORTEST]
             if not long:
-                raise ValueError(f"{file} has no sentence of {shortest} or more words")
+                raise ValueError(f"{file} has no sentence of {SHORTEST - 1} or more words")
             flat += long
         self.ids, self.align = np.concatenate(flat).astype(np.int64), align
         self.begin = np.cumsum([0] + [len(s) for s in flat])              # where sentence i begins, in tokens
@@ -209,9 +203,7 @@ def look_alike(dice, sentence, facts, fact_ids):
         sentence[:place] + fact + (sentence[place + len(fact):] or [mark])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Composing a sample
-# ------------------------------------------------------------------------------------------------------------
+# --- Composing a sample -------------------------------------------------------------------------------------
 
 def compose(rng, facts, length, background):
     """
@@ -219,39 +211,24 @@ def compose(rng, facts, length, background):
     BABILong: a slot before each sentence and one at the end, one slot drawn for each fact, uniformly, and
     sorted. Returns the context as a list of arrays to be read one after another, and for each fact how many
     tokens stand before it. The arrays are views of the background, so any length needs no more memory than a
-    book. ValueError when the facts alone are longer.
+    book. The facts must not be longer.
     """
-    own = sum(map(Words.count, facts))
-    if 0 < length < own:
-        raise ValueError(f"length: {length} words are too few for facts of {own} words")
-    runs = list(background.runs(rng, length - own)) if length else []
+    runs = list(background.runs(rng, length - sum(map(Words.count, facts)))) if length else []
     slots = np.sort(rng.integers(0, sum(last - first for first, last, _ in runs) + 1, size=len(facts)))
-    pieces, starts, seen, tokens = [], [], 0, 0                              # seen: sentences of earlier runs
-
-    def add(piece):
-        nonlocal tokens
-        pieces.append(np.asarray(piece, dtype=np.int64))
-        tokens += len(piece)
-
-    def tell(fact):
-        starts.append(tokens)
-        add(fact)
-
+    pieces, seen, todo = [], 0, [*zip(slots, map(np.array, facts))]          # seen: sentences of earlier runs
     for first, last, stop in runs:
         here = background.begin[first]
-        while len(starts) < len(facts) and slots[len(starts)] < seen + last - first:
-            slot = background.begin[first + slots[len(starts)] - seen]
-            if slot > here:
-                add(background.ids[here:slot])
-            tell(facts[len(starts)])
-            here = slot
-        add(background.ids[here:stop])
-        if background.align and tokens % background.align:                   # the last sentence was cut
-            add([0] * (-tokens % background.align))
+        while todo and todo[0][0] < seen + last - first:
+            slot, fact = todo.pop(0)
+            end = background.begin[first + slot - seen]
+            pieces += [(background.ids[here:end], False), (fact, True)]
+            here = end
+        blanks = -(stop - background.begin[first]) % (background.align or 1)     # the last sentence was cut
+        pieces += [(background.ids[here:stop], False), (np.zeros(blanks, dtype=np.int64), False)]
         seen += last - first
-    for fact in facts[len(starts):]:
-        tell(fact)
-    return pieces, starts
+    pieces = [(piece, told) for piece, told in pieces + [(fact, True) for _, fact in todo] if len(piece)]
+    ends = np.cumsum([0] + [len(piece) for piece, _ in pieces])
+    return [piece for piece, _ in pieces], [int(end) for end, (_, told) in zip(ends, pieces) if told]
 
 
 class InText:
@@ -264,16 +241,29 @@ class InText:
         seen = {Path(file).name for file in self.files} & {Path(file).name for file in self.eval_files}
         self.where = dict(text=[Path(file).name for file in self.eval_files],
                           split="val" if seen else "test")   # val: passages that were held back from training
-        self.background = {}                                      # (part, align) -> Background, once needed
+        self.background, self.align = {}, 0                       # part -> Background, once needed
 
-    def text(self, part, align=0, change=list):
+    def text(self, part):
         """The Background to train with (part "train") or to evaluate in ("eval"), made once."""
-        if (part, align) not in self.background:
-            files, split = self.eval_files, self.where["split"]
+        if part not in self.background:
             if part == "train":
-                files, split = self.files, "train"
-            self.background[part, align] = Background(files, split, self.words, align, change)
-        return self.background[part, align]
+                made = Background(self.files, "train", self.words, self.align, self.disguise())
+            else:
+                made = Background(self.eval_files, self.where["split"], self.words, self.align)
+            self.background[part] = made
+        return self.background[part]
+
+    def disguise(self):
+        """What each sentence of the training text goes through, from ids to ids."""
+        return list
+
+    def check(self, config, training=True):
+        asked = self.eval_files * (max(eval_points(config, 0))[0] > 0)
+        for file in {*self.files * training, *asked} - {PROSE}:
+            if str(file).endswith((".json", ".jsonl")):
+                self.released(file)
+            else:
+                read_text(file)
 
     def show(self, ids):
         return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)
@@ -281,10 +271,8 @@ class InText:
 
 class BABILong(InText):
     """
-    One or more of bAbI's first five tasks in background text; what its methods do is said in
-    data/__init__.py. A stage is (most facts, most words), or (most facts,) where each fact is a segment of
-    its own; a third number is the percentage of batches that are cut anywhere, and not aligned. A length is
-    words. Training stories are simulated and never those of the published test files.
+    One or more of bAbI's first five tasks in background text; its methods: see data/__init__.py. A stage is
+    (most facts, most words), a length is words. Training stories are simulated, and never published ones.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -308,35 +296,28 @@ class BABILong(InText):
         The ids of a question, filled in front. (A small model counts the blanks: it has learned short
         questions among longer ones, and recognises them by nothing else.)
         """
-        return fill([self.encode(text)], max(self.width, len(self.encode(text))))[0].tolist()
+        return [0] * (self.width - len(self.encode(text))) + self.encode(text)
 
-    def tell(self, facts, align):
+    def tell(self, facts):
         """The ids of facts, as they stand in a text."""
-        return [self.words.pad(self.encode(fact), align) for fact in facts]
+        return [self.words.pad(self.encode(fact), self.align) for fact in facts]
 
-    def training_text(self, align):
-        """The background of training, of which a share, --decoys, looks a little like facts."""
-        if not self.decoys or ("train", align) in self.background:
-            return self.text("train", align)
+    def disguise(self):
+        """A share, --decoys, of the sentences come to look a little like facts."""
         facts = [self.encode(line.text) for part in self.rows
                  for story in babi.simulate(random.Random(0), part, 200)
                  for line in story if line.answer is None]
         fact_ids, dice = {i for fact in facts for i in fact}, random.Random("decoys")
-        return self.text("train", align, lambda sentence: look_alike(dice, sentence, facts, fact_ids)
-                         if dice.random() < self.decoys else sentence)
+
+        def change(sentence):
+            return look_alike(dice, sentence, facts, fact_ids) if dice.random() < self.decoys else sentence
+        return change
 
     def check(self, config, training=True):
-        stages = numbers("stages", config.stages)
-        if any(len(stage) > 3 or stage[0] < 1 or stage[2:] > (100,) for stage in stages):
-            raise ValueError(f"--stages: '{config.stages}' has to be FACTS, FACTS/WORDS or "
-                             f"FACTS/WORDS/PERCENT, as in 4/0,10/128,10/256/50")
+        numbers("stages", config.stages, least=1)
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
-        for file in {*self.files * training, *self.eval_files * (max(eval_points(config))[0] > 0)} - {PROSE}:
-            if str(file).endswith((".json", ".jsonl")):
-                self.released(file)
-            else:
-                read_text(file)
+        super().check(config, training)
         self.cells(config)
         for part in dict.fromkeys(self.rows) if self.babi_dir else ():
             babi.read_stories(babi.find_file(self.babi_dir, part))
@@ -366,37 +347,30 @@ class BABILong(InText):
 
     def batch(self, rng, size, stage):
         """`size` stories in texts of about one length, with up to eight questions about each."""
-        most_facts, most_words, cut = (*stage, 0, 0)[:3]
+        most_facts, most_words = (*stage, 0)[:2]
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
-        align = 0 if cut and 100 * rng.random() < cut else self.align
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
             facts, found = self.story(dice, part, dice.choice([1, 2, 2, 2]) if part == "qa4" else n_facts)
-            facts = self.tell(facts, align)
+            facts = self.tell(facts)
             if length:
-                own = sum(map(Words.count, facts))
-                facts, _ = compose(rng, facts, max(length, own), self.training_text(align))
-            rows.append(facts)
+                facts, _ = compose(rng, facts, max(length, sum(map(Words.count, facts))), self.text("train"))
+            rows.append(np.concatenate(facts))
             questions += [self.ask(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
             answers[i, :len(found), 0] = [self.words.id(answer) for _, answer in found]
-        questions = fill(questions).reshape(size, self.n_questions, -1)
-        if len(stage) > 1:
-            context = segments([np.concatenate(row) for row in rows], align or self.segment_len)
-            swapped = (context >= len(self.words.names)) & (rng.random(context.shape) < SWAPPED)
-            context[swapped] = rng.integers(len(self.words.names), self.words.size, size=swapped.sum())
-            return Batch(context, questions, answers)
-        most = max(map(len, rows))
-        flat = fill([fact for facts in rows for fact in [[]] * (most - len(facts)) + facts])
-        return Batch(flat.reshape(size, most, -1), questions, answers)
+        context = segments(rows, self.align or self.segment_len)
+        swapped = (context >= len(self.words.names)) & (rng.random(context.shape) < SWAPPED)
+        context[swapped] = rng.integers(len(self.words.names), self.words.size, size=swapped.sum())
+        return Batch(context, fill(questions).reshape(size, self.n_questions, -1), answers)
 
     def cells(self, config):
         files = [file for file in self.eval_files if str(file).endswith((".json", ".jsonl"))]
         if files and len(set(self.rows)) > 1:
             raise ValueError("--task: name the one task that the released samples are of, as in --task qa1")
-        points = [(f"the words of {Path(file).name}", 10 ** 6) for file in files] or eval_points(config)
+        points = [(Path(file).name, 10 ** 6) for file in files] or eval_points(config, 0)
         return [dict(part=part, length=length, n=n, **self.where)
                 for part in dict.fromkeys(self.rows) for length, n in points]
 
@@ -404,16 +378,15 @@ class BABILong(InText):
         """The published or simulated questions of one part: of n stories if there are so many."""
         key, out = cell["part"], []
         if isinstance(cell["length"], str):
-            (file,) = [file for file in self.eval_files if cell["length"].endswith(Path(file).name)]
-            return self.released(file), 0
+            return self.released(dict(zip(self.where["text"], self.eval_files))[cell["length"]]), 0
         if key not in self.samples:
             stories = babi.read_stories(babi.find_file(self.babi_dir, key)) if self.babi_dir else \
                 babi.simulate(random.Random(f"val {key}"), key, 1000)
             self.samples[key] = babi.spread(stories)
         samples, length = self.samples[key][:cell["n"]], cell["length"]
-        text = self.text("eval", self.align) if length else None
+        text = self.text("eval") if length else None
         for i, sample in enumerate(samples):
-            facts = self.tell(sample.facts, self.align)
+            facts = self.tell(sample.facts)
             if not 0 < length < sum(map(Words.count, facts)):
                 context, starts = compose(generator(0, "test", length, i), facts, length, text)
                 depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))

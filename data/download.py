@@ -106,17 +106,6 @@ def write(path, content):
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def first_that_works(urls, path):
-    """Fetch from the first address that answers. ValueError with all that went wrong."""
-    wrong = []
-    for url in urls:
-        try:
-            return fetch(url, path)
-        except ValueError as e:
-            wrong.append(str(e))
-    raise ValueError("; ".join(wrong))
-
-
 def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__, allow_abbrev=False,
@@ -129,7 +118,11 @@ def main(argv=None):
         archive = out / "babi.tar.gz"
         if not all((out / "babi" / file).exists() for file in wanted):
             if not archive.exists():
-                first_that_works(BABI, archive)
+                try:
+                    fetch(BABI[0], archive)
+                except ValueError as e:
+                    print(f"{e}; trying another address")
+                    fetch(BABI[1], archive)
             try:
                 unpack(archive, wanted, out / "babi")
             finally:

@@ -57,6 +57,13 @@ def read_rows(folder):
     return rows
 
 
+def write_rows(folder, rows):
+    """metrics.jsonl anew, without the half of a last row."""
+    path, text = Path(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows)
+    if path.exists() and not int(os.environ.get("RANK", 0)):
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def add_row(folder, **row):
     if int(os.environ.get("RANK", 0)):               # of several processes, torchrun's first one writes
         return

@@ -15,13 +15,8 @@ from .babilong import InText
 KINDS = ("passkey", "passkey-random", "passkey-decoys", "passkey-rewritten")
 WORDS = "0 1 2 3 4 5 6 7 8 9 the pass key is remember it a false forget what".split()
 DIGITS = 5
-DEFAULTS = dict(segment_len=32, stages="1,2,4,8,18,18", last_steps=1500,
-                eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100")
-
-
-def defaults(task):
-    """Fields of train.Config for a task of this file, None for any other."""
-    return DEFAULTS if task in KINDS else None
+TASKS = dict.fromkeys(KINDS, dict(segment_len=32, stages="1,2,4,8,18,18", last_steps=1500,
+                                  eval_lengths="2,18,254,2540", eval_samples="1000,1000,100,100"))
 
 
 def filler(rng, n_tokens, text):
@@ -55,18 +50,13 @@ class PassKey(InText):
         return self.words.encode(text)
 
     def context(self, rng, n_tokens, text):
-        """
-        One context as a list of arrays, its key (5,), and how many tokens stand before it. ValueError if it
-        is too short for what it has to state.
-        """
+        """One context as a list of arrays, its key (5,), and how many tokens stand before it."""
         free, told, false = n_tokens, [], self.place == "decoys"
         keys = rng.integers(10, size=(dict(decoys=4, rewritten=3).get(self.place, 1), DIGITS))
         for key in keys:
             ids = self.statement(key, false=false and len(told) > 0)
             if free >= len(ids):
                 told, free = [*told, ids], free - len(ids)
-        if not told:
-            raise ValueError(f"--segment_len: {n_tokens} tokens are too few for the {len(ids)} of a key")
         places = np.sort(rng.integers(free + 1, size=len(told))) if self.place else np.zeros(1, dtype=int)
         pieces, end, starts = [], 0, []
         for place, ids in zip(places, told):
@@ -78,12 +68,11 @@ class PassKey(InText):
         return pieces + filler(rng, free - end, text), keys[which], starts[which]
 
     def check(self, config, training=True):
-        self.context(np.random.default_rng(0), self.segment_len, self.text("train"))
-        if any(len(stage) > 1 or stage[0] < 1 for stage in numbers("stages", config.stages)):
-            raise ValueError(f"--stages: '{config.stages}' has to be numbers of segments, from 1 on")
-        if min(eval_points(config))[0] < 1:
-            raise ValueError(f"--eval_lengths: '{config.eval_lengths}' has to be numbers of segments, "
-                             f"from 1 on")
+        super().check(config, training)
+        if self.segment_len < (least := len(self.statement(range(DIGITS)))):
+            raise ValueError(f"--segment_len: {self.segment_len} tokens are too few for the {least} of a key")
+        numbers("stages", config.stages, most=1, least=1)
+        eval_points(config)
 
     def batch(self, rng, size, stage):
         """`size` contexts of one length, with one question each; its answers have five ids."""

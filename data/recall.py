@@ -24,19 +24,9 @@ TASKS = dict(
                  eval_lengths="16,50,100,200,500", eval_samples="500"))
 
 
-def defaults(task):
-    """Fields of train.Config for a task of this file, None for any other."""
-    return TASKS.get(task)
-
-
 def spell(keys, key_size):
     """Key numbers (...) below 16^key_size -> ids of their symbols (..., key_size)."""
     return SYMBOLS[keys[..., None] // ALPHABET ** np.arange(key_size)[::-1] % ALPHABET]
-
-
-def stored_pairs(n_pairs, accuracy):
-    """How many of n pairs are remembered, if the rest is guessed among 16 values (ARMT, appendix B)."""
-    return n_pairs * (ALPHABET * accuracy - 1) / (ALPHABET - 1)
 
 
 class Recall:
@@ -49,13 +39,10 @@ class Recall:
         self.rewrite = config.task == "rewrite"
 
     def check(self, config, training=True):
-        for flag, values in (("stages", numbers("stages", config.stages)),
-                             ("eval_lengths", [(length,) for length, _ in eval_points(config)])):
-            if any(len(value) > 1 or value[0] < 1 for value in values):
-                raise ValueError(f"--{flag}: '{getattr(config, flag)}' has to be numbers of pairs, from 1 on")
-            if not self.rewrite and max(values)[0] > ALPHABET ** self.key_size:
-                raise ValueError(f"--{flag}: {max(values)[0]} different keys need a --key_size above "
-                                 f"{self.key_size}")
+        for flag, values in dict(stages=numbers("stages", config.stages, 1, 1),
+                                 eval_lengths=eval_points(config)).items():
+            if not self.rewrite and (most := max(values)[0]) > ALPHABET ** self.key_size:
+                raise ValueError(f"--{flag}: {most} different keys need a --key_size above {self.key_size}")
 
     def batch(self, rng, size, stage, n_questions=None):
         """`size` samples of n pairs, with n_questions questions each."""
@@ -72,11 +59,8 @@ class Recall:
 
         latest = np.full((size, n_keys), -1)                          # place of a key's last pair, -1: never
         latest[np.arange(size)[:, None], keys] = np.arange(n_pairs)   # numpy keeps the last of equal indices
-        if n_questions >= n_keys:
-            asked = np.tile(np.arange(n_keys), (size, 1))             # every key, in order
-        else:
-            order = np.where(latest >= 0, rng.random(latest.shape), 2.0)  # keys that occurred first, shuffled
-            asked = np.argsort(order, axis=1)[:, :n_questions]                                        # (B, Q)
+        order = np.where(latest >= 0, rng.random(latest.shape), 2.0)      # keys that occurred first, shuffled
+        asked = np.argsort(order, axis=1)[:, :n_questions]                                            # (B, Q)
         where = np.take_along_axis(latest, asked, axis=1)                                             # (B, Q)
         answers = np.where(where >= 0, SYMBOLS[np.take_along_axis(values, where, axis=1)], -1)
         questions = np.concatenate((spell(asked, self.key_size), np.full((*asked.shape, 1), ASK)), axis=-1)

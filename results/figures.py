@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 from data.files import one_line_errors                                    # noqa: E402
-from data.recall import stored_pairs                                      # noqa: E402
 from table import read_runs                                               # noqa: E402
 
 try:
