@@ -484,10 +484,10 @@ class FAM(Layered):
 #   carried: bank (B, M, C), at first M rows of an identity, in each of the first mem_layers layers
 #   cost: T^2 + 2 T M
 #   ablate  no_output_gate, no_input_gate, no_forget_gate: the gate is 1
-#   differs: the paper writes E, so row t of the bank belongs to token t, and one bank goes through all layers.
-#   Here slots query tokens (as in the first author's earlier code), and each layer reads the bank it wrote.
-#   differs: the paper's output gate multiplies the bank, and its input gate sees tokens. Here it multiplies E,
-#   and the other two see U and the bank, as in the published code, which has no output gate.
+#   differs: the paper writes E, so row t of the bank belongs to token t, and one bank goes through all
+#   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
+#   differs: the paper's output gate multiplies the bank, and its input gate sees tokens. Here it multiplies
+#   E, and the other two see U and the bank, as in the published code, which has no output gate.
 #   differs: gradient crosses segments, and tokens read what the segment before has written. In the published
 #   code its gates show a token its future (test_lm2_cannot_predict_random_tokens... has another such leak).
 

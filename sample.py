@@ -11,8 +11,8 @@ Use a trained memory: tell it facts, let it read a book, ask.
 Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is
 kept in one state of fixed size; a question is answered from that state alone and leaves it as it was. The
 memory knows bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives
-what, and which place lies north, south, east or west of which. A pronoun, "!" or another name means nothing
-to it.
+what, and which place lies north, south, east or west of which. It does not understand
+pronouns, exclamation marks or other names.
 """
 import argparse
 import hashlib

@@ -50,14 +50,14 @@ class Config(GPTConfig):
     stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), or facts/words (qa)
     key_size: int = 1               # recall: symbols in a key, so 16^key_size keys
     questions: int = 4              # recall: questions asked of one read
-    align: int = 0                  # qa: every sentence begins a segment, of so many tokens; 0 cuts anywhere
+    align: int = 0                  # qa: each sentence begins a segment of this many tokens; 0 cuts anywhere
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
     stage_steps: int = 3000        # most steps of any stage but the last; when they are used up, the run ends
     learned: float = 0.98       # running accuracy, of the worst part of the task, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
-    price: float = 0.0        # price of writing: weight, in the last stage, of what segments change in memory
+    price: float = 0.0        # weight, in the last stage, of a penalty on what segments change in memory
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW

@@ -7,7 +7,8 @@ sees the same data.
     babi.py       bAbI: the words, a simulator of qa1 to qa5, a reader of the published files
     babilong.py   BABILong: facts scattered through background text of any length
     passkey.py    five digits, stated once in a long text
-    files.py      files that are whole, and folders that one process uses
+    files.py      atomic writes, damage reported by name, one process in a folder
+    download.py   the files of bAbI, books and novels
 
 A task has these attributes and methods, which train.py and sample.py use:
 
@@ -18,6 +19,8 @@ A task has these attributes and methods, which train.py and sample.py use:
     cells(config)                what to evaluate: a list of dicts with a length, a number of questions n, ...
     questions(cell)              a list of Question, and how many were left out because they do not fit
     show(ids)                    ids as text
+    kind, unit                   what a task's flags are for, and what a length counts, as words
+    ask(text), words             of tasks that can be told and asked: ids of a question, Words
 """
 import re
 from typing import NamedTuple
@@ -74,7 +77,7 @@ def fill(rows):
 
 
 def segments(rows, T):
-    """Rows of ids -> (B, S, T): filled in front to the longest's length, and behind to whole segments."""
+    """Rows of ids -> (B, S, T): left-padded to the longest, then right-padded to whole segments."""
     flat = fill(rows)
     return np.pad(flat, ((0, 0), (0, -flat.shape[1] % T))).reshape(len(rows), -1, T)
 
@@ -82,7 +85,7 @@ def segments(rows, T):
 def chunks(rows, size, T=1):
     """
     Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side,
-    filled as by `segments`. Nothing longer than a chunk is ever copied.
+    padded as by `segments`. Nothing longer than a chunk is ever copied.
     """
     lengths = [sum(map(len, row)) for row in rows]
     behind = np.zeros(-max(lengths) % T, dtype=np.int64)

@@ -96,8 +96,8 @@ def story_samples(story):
 
 def spread(stories):
     """
-    The samples of the stories, one of each story first, and not each its first question: the first n are of n
-    stories, early and late questions alike. (BABILong's files have five questions of a story in a row.)
+    One question of every story, then another of every story, and so on; story i starts with its question i,
+    so the first n mix early and late questions. (BABILong's files have five questions of a story in a row.)
     """
     each = list(map(story_samples, stories))
     rounds = max(map(len, each), default=0)

@@ -187,9 +187,9 @@ class Background:
 
 def look_alike(dice, sentence, facts, fact_ids):
     """
-    A sentence (list of ids) with something of a fact in it that is none: words here and there, or somewhere
-    in it, or in front of it, one of `facts` in which a word or two are not those of any fact. `fact_ids`: of
-    all facts.
+    The sentence (list of ids), made to resemble a fact without being one: with words of a fact here and
+    there, or with one of `facts` somewhere in it, or in front of it, in which a word or two are those of no
+    fact. `fact_ids` are the ids of all facts.
     """
     strange = [i for i in sentence if i > len(MARKS) and i not in fact_ids]
     *fact, mark = dice.choice(facts)
@@ -271,8 +271,8 @@ class InText:
 
 class BABILong(InText):
     """
-    One or more of bAbI's first five tasks in background text; its methods: see data/__init__.py. A stage is
-    (most facts, most words), a length is words. Training stories are simulated, and never published ones.
+    One or more of bAbI's first five tasks in background text; for the methods see data/__init__.py. A stage
+    is (most facts, most words), a length is words. Training stories are simulated, and never published ones.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -293,8 +293,8 @@ class BABILong(InText):
 
     def ask(self, text):
         """
-        The ids of a question, filled in front. (A small model counts the blanks: it has learned short
-        questions among longer ones, and recognises them by nothing else.)
+        The ids of a question, left-padded. (Always to the same width: training showed short questions only
+        so, and the model fails without the blanks.)
         """
         return [0] * (self.width - len(self.encode(text))) + self.encode(text)
 
@@ -324,10 +324,10 @@ class BABILong(InText):
 
     def story(self, dice, part, n_facts):
         """
-        What a row is told, as texts, and up to eight questions with their answers: four that the published
-        files would ask; three others that the text answers, each of another kind; and one whose answer is
-        "unknown". (With more of the others north of a place is not told from south of it for a long time,
-        with fewer a thing stays with who had it last.)
+        What a row is told, as texts, and up to eight questions with their answers: four of the
+        published form; three others that the text answers, each of another kind; and one whose answer is
+        "unknown". (With a larger share of the others, the model takes long to tell north of from south of;
+        with a smaller one it places a thing with its last holder.)
         """
         least = dict(qa2=2, qa3=3, qa5=2).get(part, 1)     # with fewer facts nothing of its kind can be asked
         while True:

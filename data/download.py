@@ -1,6 +1,6 @@
 """
-Fetch the published bAbI files, four books to train with and four long novels to evaluate in: 12, 3 and 7 MB,
-once.
+Fetch the published bAbI files, four books to train and choose with and four novels to evaluate in:
+12, 3 and 7 MB, once.
 
     python -m data.download                      into data/babi, data/books and data/novels
     python -m data.download --out_dir DIR        into DIR/babi, DIR/books and DIR/novels

@@ -1,6 +1,5 @@
 """
-Files that survive: what is written is whole, what is damaged is named, and a folder has one process at a
-time.
+Atomic writes, damage reported by name, one process in a folder at a time.
 """
 import json
 import os
@@ -105,4 +104,4 @@ def one_line_errors(program, stopped="stopped"):
     except (MemoryError, RuntimeError) as e:
         if "memory" not in f"{e}{type(e)}".lower():
             raise
-        sys.exit(f"{program}: out of memory; a smaller model, batch or text needs less")
+        sys.exit(f"{program}: out of memory; try a smaller model, batch or text")

@@ -31,7 +31,7 @@ def filler(rng, n_tokens, text):
 
 class PassKey(InText):
     """
-    The task; what its methods do is said in data/__init__.py. A stage is (most segments,), a length is
+    The task; for the methods see data/__init__.py. A stage is (most segments,), a length is
     segments; a context of n segments has exactly n segment_len tokens, the key included.
     """
     kind, unit, rows = "passkey", "segments", [""]

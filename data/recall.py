@@ -1,7 +1,7 @@
 """
 Associative retrieval (ARMT, appendix C; sizes and format as in the authors' scripts). Keys and values are
-written in an alphabet of 16 symbols. With the default --segment_len a pair is a segment. The question is a
-segment of its own, so that whatever is known about a pair has crossed a segment boundary:
+written in an alphabet of 16 symbols. With the default --segment_len and --key_size a pair is a segment. The
+question is a segment of its own, so that whatever is known about a pair has crossed a segment boundary:
 
     [k_1 .. k_s  :  v  ;]  [k_1 .. k_s  :  v  ;]  ...  [k_1 .. k_s  ?] -> v
 
@@ -30,7 +30,7 @@ def spell(keys, key_size):
 
 
 class Recall:
-    """The task; what its methods do is said in data/__init__.py. A stage is (pairs,), a length is pairs."""
+    """The task; for the methods see data/__init__.py. A stage is (pairs,), a length is pairs."""
     vocab_size, vocab, kind, unit, rows = VOCAB_SIZE, [], "recall", "pairs", [""]
 
     def __init__(self, config):
