@@ -169,6 +169,7 @@ class Reader:
     def load(self, file):
         """Continue from a memory that `save` wrote. ValueError if it is none, or another model's."""
         try:
+            assert Path(file).is_file()
             memory = torch.load(file, map_location=self.device, weights_only=True)
             state, tail, words_read = (memory[name] for name in ("state", "tail", "words_read"))
             for t, own in zip(tensors(state), tensors(self.state), strict=True):     # 0 rows: a cache grows

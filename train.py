@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from armt import GPT, MEMORIES, OPTIONAL, GPTConfig, checked, state_floats, state_map, tensors
 from data import chunks, fill, find, generator, make_task, numbers
-from data.files import add_row, one_line_errors, only_user, read_rows, write_atomically, write_rows
+from data.files import add_row, one_line_errors, only_user, read_rows, read_text, write_atomically, write_rows
 
 
 @dataclass
@@ -221,7 +221,7 @@ def read_config(path):
     """The Config in a run's folder or results file. Old names become new ones, what is gone is dropped."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(read_text(file))
         saved = saved.get("config", saved)
         if "words" in saved:                             # up to commit c808c54
             delta, options = saved["ablate"] == "unit+no_denom", MEMORIES[saved["memory"]].options
