@@ -1990,7 +1990,7 @@ def test_every_table_of_accuracies_is_that_of_the_rows(capsys):
     shown = [line for path in (TOP / "README.md", TOP / "results" / "README.md")
              for block in re.findall(r"```\n(accuracy, %.*?)```", path.read_text(encoding="utf-8"), re.S)
              for line in block.splitlines() if line]
-    assert len(shown) > 40 and not [line for line in shown if line not in printed]
+    assert len(shown) > 30 and not [line for line in shown if line not in printed]
 
 
 @pytest.mark.slow
