@@ -275,7 +275,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with one_line_errors("sample.py"):
         torch.set_flush_denormal(True)                                     # as in train.py
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        if not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(1)
         device = pick_device(args.device)
         config, model, _ = load(args.out_dir, device)
         task = make_task(config)

@@ -512,12 +512,12 @@ def main(argv=None):
     like, eval_only, given = parse(argv)
     with one_line_errors("train.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)      # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
-        configs = to_evaluate(given) if eval_only else grid(like, given)
+        configs, usual = to_evaluate(given) if eval_only else grid(like, given), torch.get_num_threads()
         if WORLD > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         for c in configs:
-            torch.set_num_threads(c.threads or int(os.environ.get("OMP_NUM_THREADS", 1)))
+            torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
             with only_user(c.out_dir) if RANK == 0 else nullcontext():
                 if eval_only:
                     model = load(c.out_dir, device := pick_device(c.device))[1]

@@ -188,7 +188,8 @@ def main():
     parser.add_argument("--launches", action="store_true")
     parser.add_argument("--words", default="", metavar="LENGTHS")
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with one_line_errors("cost.py"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
