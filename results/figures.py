@@ -84,7 +84,8 @@ def pairs():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
         if task == "remember":
             (_, own), = read_runs(HERE / "own")
-            line(axis, by_length([own]), color=LOOK["rmt"][0], linestyle=":", marker="o", label="rmt, own recipe")
+            line(axis, by_length([own]), color=LOOK["rmt"][0], linestyle=":", marker="o",
+                 label="rmt, own recipe")
         axis.set_xscale("log", base=2)
         ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
         axis.set_xticks(ticks, ticks)
@@ -99,19 +100,20 @@ def pairs():
 def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
-    runs = [run for _, run in read_runs(HERE / "babilong") if run["config"]["task"] == "babilong"]
+    looks = dict(babilong=dict(color="#d62728", marker="D", linestyle="-", label="here, four novels"),
+                 one_book=dict(color="#ff8c00", marker=".", linestyle="--", label="here, one book that repeats"))
     for axis, part in zip(axes, PAPER):
-        mine = [dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part]) for run in runs]
-        line(axis, by_length(mine), color="#d62728", marker="D",
-             label="here: sentences begin segments of 8 tokens")
+        for folder, style in looks.items():
+            line(axis, by_length([dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part])
+                                  for _, run in read_runs(HERE / folder)]), **style)
         mean, spread = zip(*PAPER[part])
         axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#0066cc", marker="s",
-                      linestyle=":", capsize=3, label="paper, ARMT 137M: segments cut anywhere")
+                      linestyle=":", capsize=3, label="paper, ARMT of 137M")
         axis.set_xscale("symlog", linthresh=500)
         axis.set(title=part, xlabel="words (paper: tokens)", ylim=(0, 104))
         axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
     axes[0].set_ylabel("accuracy, %")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    axes[3].legend(frameon=False, fontsize=9, loc="lower left")
     save(figure, "words")
 
 
