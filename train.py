@@ -525,6 +525,8 @@ def main(argv=None):
                     evaluate(c, model, make_task(c), device)
                 elif not one_run(c):
                     sys.exit(130)
+        if WORLD > 1:
+            distributed.destroy_process_group()
         print(f"next: python results/table.py {Path(configs[0].out_dir).parent}" if len(configs) > 1 else
               f"next: python sample.py --out_dir {configs[0].out_dir}")
 
