@@ -1699,7 +1699,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     argv = [*FAST, "--task", "qa1+qa4", "--stages", "2/0,4/20", "--learned", "0", "--price", "0.01",
             "--eval_lengths", "0"]
     run(*argv, "--out_dir", tmp_path / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+              "train.py"]
     done = subprocess.run([*launch, *argv, "--out_dir", str(tmp_path / "two")], cwd=TOP, timeout=300,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
