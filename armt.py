@@ -279,6 +279,7 @@ class RMT(Layered):
         return self.mem.expand(batch_size, -1, -1)                                # (B, M, C)
 
     def forward(self, x, mem):
+        """One segment between two copies of the memory: x (B, T, C), mem (B, M, C) -> h (B, T, C), new mem"""
         M = mem.size(1)
         x = torch.cat((mem, x, mem), dim=1)                                       # (B, M + T + M, C)
         mask = None

@@ -11,8 +11,8 @@ Use a trained memory: tell it facts, let it read a book, ask.
 Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is
 kept in one state of fixed size; a question is answered from that state alone and leaves it as it was. The
 memory knows bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives
-what, and which place lies north, south, east or west of which. It does not understand
-pronouns, exclamation marks or other names.
+what, and which place lies north, south, east or west of which. It does not understand pronouns, exclamation
+marks or other names.
 """
 import argparse
 import hashlib
@@ -254,6 +254,7 @@ def show_samples(config, model, task, device, n):
 
 
 def make_parser():
+    """The flags."""
     parser = Parser(prog="sample.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use (the one that is shipped)")

@@ -54,10 +54,10 @@ class Config(GPTConfig):
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
-    stage_steps: int = 3000        # most steps of any stage but the last; when they are used up, the run ends
-    learned: float = 0.98       # running accuracy, of the worst part of the task, at which a stage is learned
+    stage_steps: int = 3000         # step limit of any stage but the last; the run ends there
+    learned: float = 0.98           # running accuracy, of the task's worst part, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
-    price: float = 0.0        # weight, in the last stage, of a penalty on what segments change in memory
+    price: float = 0.0              # weight, in the last stage, of a penalty on changes of the memory
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
@@ -254,13 +254,18 @@ def load(folder, device="cpu"):
     return config, model, checkpoint
 
 
-def save(c, model, optimizers, progress):
-    checkpoint = dict(model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers],
-                      progress=progress)
-    text = json.dumps(asdict(c), indent=1) + "\n"
+def save(folder, config, **checkpoint):
+    """What `load` reads: config.json and ckpt.pt."""
+    text = json.dumps(asdict(config), indent=1) + "\n"
     if RANK == 0:
-        write_atomically(Path(c.out_dir, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
-        write_atomically(Path(c.out_dir, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
+        write_atomically(Path(folder, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
+
+
+def save_run(c, model, optimizers, progress):
+    """A checkpoint that training can continue from."""
+    save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers],
+         progress=progress)
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -378,8 +383,7 @@ def train(c, model, task, device, optimizers, p):
         loss, row, correct = sum(x for x, _, _ in found), *(np.concatenate(x) for x in [*zip(*found)][1:])
         shares = {part: float(correct[[parts[r % len(parts)] == part for r in row]].mean()) for part in parts}
 
-        # curriculum: a stage is learned when the running accuracy of its worst part is; the last one runs for
-        # last_steps
+        # curriculum: a stage is learned when its worst part is; the last one runs for last_steps
         p["step"], p["stage_step"] = p["step"] + 1, p["stage_step"] + 1
         p["seconds"] += time.time() - began
         for part, right in shares.items():
@@ -401,7 +405,7 @@ def train(c, model, task, device, optimizers, p):
                     loss=round(loss, 5) if math.isfinite(loss) else None,
                     accuracy={part: round(right, 4) for part, right in shares.items()})
         if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
-            save(c, model, optimizers, p)
+            save_run(c, model, optimizers, p)
             saved = time.time()
     bar.close()
     signal.signal(signal.SIGINT, handler)
@@ -484,7 +488,7 @@ def one_run(c):
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
     else:
-        save(c, model, optimizers, progress)
+        save_run(c, model, optimizers, progress)
     with torch.no_grad():
         tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
         state = model(torch.zeros(1, tokens, dtype=torch.long, device=device))[2]

@@ -111,9 +111,9 @@ def _blocks(pieces, size):
 
 def find(task):
     """A task's class, and its settings where no flag says otherwise. ValueError if there is none."""
-    from . import babilong, passkey, recall              # they import this file
+    from . import babi, babilong, passkey, recall        # they import this file
     tasks = {**dict.fromkeys(recall.TASKS, recall.Recall), **dict.fromkeys(passkey.TASKS, passkey.PassKey)}
-    if task not in [*tasks, "babilong"] and not set(task.split("+")) <= {f"qa{i}" for i in range(1, 6)}:
+    if task not in [*tasks, "babilong"] and not set(task.split("+")) <= set(babi.TASKS):
         raise ValueError(f"--task: there is no '{task}'; choose {', '.join(tasks)}, babilong (qa1 to qa5 in "
                          f"one model), or some of qa1 to qa5, as in qa1+qa2")
     settings = recall.TASKS | passkey.TASKS | babilong.TASKS

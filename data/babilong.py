@@ -301,6 +301,8 @@ class BABILong(InText):
 
     def disguise(self):
         """A share, --decoys, of the sentences come to look a little like facts."""
+        if not self.decoys:
+            return list
         facts = [self.encode(line.text) for part in self.rows
                  for story in babi.simulate(random.Random(0), part, 200)
                  for line in story if line.answer is None]
@@ -311,13 +313,14 @@ class BABILong(InText):
         return change
 
     def check(self, config, training=True):
+        """ValueError, naming flag or file, for settings and files that cannot serve."""
         numbers("stages", config.stages, least=1)
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
         super().check(config, training)
         for cell in self.cells(config):
             if isinstance(cell["length"], str):
-                self.questions(cell)                        # of a file of released samples: they may be damaged
+                self.questions(cell)                       # a file of released samples, perhaps damaged
         for part in dict.fromkeys(self.rows) if self.babi_dir else ():
             babi.read_stories(babi.find_file(self.babi_dir, part))
 

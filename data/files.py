@@ -1,6 +1,4 @@
-"""
-Atomic writes, damage reported by name, one process in a folder at a time.
-"""
+"""Atomic writes, damage reported by name, one process in a folder at a time."""
 import json
 import os
 import signal

@@ -45,6 +45,7 @@ def medians(works, rounds=7):
 
 
 def models(size, device, memories):
+    """The memories at one of SIZES, and tokens to read: {name: GPT}, idx (B, N)."""
     config, B, segments = SIZES[size]
     idx = torch.randint(100, (B, segments * config["segment_len"]), device=device)
     made = {}
@@ -85,6 +86,7 @@ class Authors(torch.nn.Module):
         self.model = model
 
     def forward(self, idx, targets=None):
+        """As GPT.forward without a state: idx (B, N) -> logits (B, N, V), loss"""
         model, logits, memory = self.model, [], {}
         for segment in idx.split(model.config.segment_len, dim=1):
             x = torch.cat((model.wte(segment), model.memory.mem.expand(len(idx), -1, -1)), dim=1)
@@ -181,6 +183,7 @@ def words(lengths):
 
 
 def main():
+    """The program."""
     parser = argparse.ArgumentParser(prog="python results/cost.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="recall")

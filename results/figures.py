@@ -101,7 +101,8 @@ def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
     looks = dict(babilong=dict(color="#d62728", marker="D", linestyle="-", label="here, four novels"),
-                 one_book=dict(color="#ff8c00", marker=".", linestyle="--", label="here, one book that repeats"))
+                 one_book=dict(color="#ff8c00", marker=".", linestyle="--",
+                               label="here, one book that repeats"))
     for axis, part in zip(axes, PAPER):
         for folder, style in looks.items():
             line(axis, by_length([dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part])

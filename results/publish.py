@@ -8,7 +8,6 @@ Keep what a run showed in one small file: its settings, its evaluation and a thi
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -36,6 +35,7 @@ def as_text(run):
 
 
 def main():
+    """The program."""
     parser = argparse.ArgumentParser(prog="python results/publish.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
@@ -46,16 +46,12 @@ def main():
     with one_line_errors("publish.py"):
         args.target.mkdir(parents=True, exist_ok=True)
         if args.weights:
-            import torch
-            from train import load
+            from train import load, save                     # needs torch; the rest of this file does not
             config, model, _ = load(args.source)
             for name in MACHINE:
                 setattr(config, name, type(config)().__dict__[name])
             config.background, config.eval_text = [Path(file).name for file in config.background], []
-            text = json.dumps(asdict(config), indent=1) + "\n"
-            weights = dict(model={name: p.half() for name, p in model.state_dict().items()})
-            write_atomically(args.target / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-            write_atomically(args.target / "ckpt.pt", lambda path: torch.save(weights, path))
+            save(args.target, config, model={name: p.half() for name, p in model.state_dict().items()})
             print(f"{args.target}: {sum(p.stat().st_size for p in args.target.iterdir()):,} bytes")
         else:
             for name, run in read_runs(args.source):
