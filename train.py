@@ -453,10 +453,6 @@ def evaluate(c, model, task, device, answer=answer):
         if correct:
             last = task.show([*questions[-1].context[-1][-20:], *questions[-1].question])[-60:]
             line = f"{line[:-1]}{row['accuracy']:.1%} of {len(correct):,}  ...{last} -> {task.show(said[-1])}"
-            if questions[0].depth is not None:                   # [asked, correct] in each fifth of the text
-                fifths = [min(int(5 * q.depth), 4) for q in questions]
-                row["depths"] = [[fifths.count(i), sum(ok for f, ok in zip(fifths, correct) if f == i)]
-                                 for i in range(5)]
         add_row(c.out_dir, kind="eval", **row)
         print(line + f" ({left_out} stories are longer and left out)" * (left_out > 0))
 

@@ -42,7 +42,6 @@ class Question(NamedTuple):
     context: list            # arrays of ids, to be read one after another
     question: list           # ids
     answer: list             # ids
-    depth: float = None     # where the oldest fact that it needs stands: from 0, the beginning, to 1, the end
 
 
 def generator(seed, split, *place):

@@ -209,9 +209,8 @@ def compose(rng, facts, length, background):
     """
     Scatter `facts` (lists of ids) through background text, `length` words in all (0: the facts alone), as in
     BABILong: a slot before each sentence and one at the end, one slot drawn for each fact, uniformly, and
-    sorted. Returns the context as a list of arrays to be read one after another, and for each fact how many
-    tokens stand before it. The arrays are views of the background, so any length needs no more memory than a
-    book. The facts must not be longer.
+    sorted. Returns the context as a list of arrays to be read one after another: views of the background, so
+    any length needs no more memory than a book. The facts must not be longer.
     """
     runs = list(background.runs(rng, length - sum(map(Words.count, facts)))) if length else []
     slots = np.sort(rng.integers(0, sum(last - first for first, last, _ in runs) + 1, size=len(facts)))
@@ -221,14 +220,12 @@ def compose(rng, facts, length, background):
         while todo and todo[0][0] < seen + last - first:
             slot, fact = todo.pop(0)
             end = background.begin[first + slot - seen]
-            pieces += [(background.ids[here:end], False), (fact, True)]
+            pieces += [background.ids[here:end], fact]
             here = end
         blanks = -(stop - background.begin[first]) % (background.align or 1)     # the last sentence was cut
-        pieces += [(background.ids[here:stop], False), (np.zeros(blanks, dtype=np.int64), False)]
+        pieces += [background.ids[here:stop], np.zeros(blanks, dtype=np.int64)]
         seen += last - first
-    pieces = [(piece, told) for piece, told in pieces + [(fact, True) for _, fact in todo] if len(piece)]
-    ends = np.cumsum([0] + [len(piece) for piece, _ in pieces])
-    return [piece for piece, _ in pieces], [int(end) for end, (_, told) in zip(ends, pieces) if told]
+    return [piece for piece in [*pieces, *(fact for _, fact in todo)] if len(piece)]
 
 
 class InText:
@@ -241,17 +238,15 @@ class InText:
         seen = {Path(file).name for file in self.files} & {Path(file).name for file in self.eval_files}
         self.where = dict(text=[Path(file).name for file in self.eval_files],
                           split="val" if seen else "test")   # val: passages that were held back from training
-        self.background, self.align = {}, 0                       # part -> Background, once needed
+        self.background = {}                                 # (part, align) -> Background, once needed
 
-    def text(self, part):
+    def text(self, part, align=0):
         """The Background to train with (part "train") or to evaluate in ("eval"), made once."""
-        if part not in self.background:
-            if part == "train":
-                made = Background(self.files, "train", self.words, self.align, self.disguise())
-            else:
-                made = Background(self.eval_files, self.where["split"], self.words, self.align)
-            self.background[part] = made
-        return self.background[part]
+        if (part, align) not in self.background:
+            files, split, change = (self.files, "train", self.disguise()) if part == "train" else \
+                (self.eval_files, self.where["split"], list)
+            self.background[part, align] = Background(files, split, self.words, align, change)
+        return self.background[part, align]
 
     def disguise(self):
         """What each sentence of the training text goes through, from ids to ids."""
@@ -295,9 +290,9 @@ class BABILong(InText):
         """
         return [0] * (self.width - len(self.encode(text))) + self.encode(text)
 
-    def tell(self, facts):
+    def tell(self, facts, align):
         """The ids of facts, as they stand in a text."""
-        return [self.words.pad(self.encode(fact), self.align) for fact in facts]
+        return [self.words.pad(self.encode(fact), align) for fact in facts]
 
     def disguise(self):
         """A share, --decoys, of the sentences come to look a little like facts."""
@@ -348,22 +343,30 @@ class BABILong(InText):
         return told, found + dice.sample(unknown, min(len(unknown), 1))
 
     def batch(self, rng, size, stage):
-        """`size` stories in texts of about one length, with up to eight questions about each."""
+        """
+        `size` stories in texts of about one length, with up to eight questions about each. If a segment has
+        room for more than a sentence, half of the batches with other text are cut anywhere: what is easily
+        learned from aligned sentences is soon understood in others, and not without them.
+        """
         most_facts, most_words = (*stage, 0)[:2]
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
+        align, both_ways = self.align, 0 < self.align < self.segment_len
+        if length and both_ways and rng.random() < 0.5:
+            align = 0
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
             facts, found = self.story(dice, part, dice.choice([1, 2, 2, 2]) if part == "qa4" else n_facts)
-            facts = self.tell(facts)
+            facts = self.tell(facts, align)
             if length:
-                facts, _ = compose(rng, facts, max(length, sum(map(Words.count, facts))), self.text("train"))
+                n_words, text = max(length, sum(map(Words.count, facts))), self.text("train", align)
+                facts = compose(rng, facts, n_words, text)
             rows.append(np.concatenate(facts))
             questions += [self.ask(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
             answers[i, :len(found), 0] = [self.words.id(answer) for _, answer in found]
-        context = segments(rows, self.align or self.segment_len)
+        context = segments(rows, align or self.segment_len)
         swapped = (context >= len(self.words.names)) & (rng.random(context.shape) < SWAPPED)
         context[swapped] = rng.integers(len(self.words.names), self.words.size, size=swapped.sum())
         return Batch(context, fill(questions).reshape(size, self.n_questions, -1), answers)
@@ -386,14 +389,12 @@ class BABILong(InText):
                 babi.simulate(random.Random(f"val {key}"), key, 1000)
             self.samples[key] = babi.spread(stories)
         samples, length = self.samples[key][:cell["n"]], cell["length"]
-        text = self.text("eval") if length else None
+        text = self.text("eval", self.align) if length else None
         for i, sample in enumerate(samples):
-            facts = self.tell(sample.facts)
+            facts = self.tell(sample.facts, self.align)
             if not 0 < length < sum(map(Words.count, facts)):
-                context, starts = compose(generator(0, "test", length, i), facts, length, text)
-                depth = min(starts[i] for i in sample.support) / max(1, sum(map(len, context)))
-                answer = [self.words.id(sample.answer)]
-                out.append(Question(context, self.ask(sample.question), answer, depth))
+                context = compose(generator(0, "test", length, i), facts, length, text)
+                out.append(Question(context, self.ask(sample.question), [self.words.id(sample.answer)]))
         return out, len(samples) - len(out)
 
     def released(self, file):

@@ -50,7 +50,7 @@ class PassKey(InText):
         return self.words.encode(text)
 
     def context(self, rng, n_tokens, text):
-        """One context as a list of arrays, its key (5,), and how many tokens stand before it."""
+        """One context as a list of arrays, and its key (5,)."""
         free, told, false = n_tokens, [], self.place == "decoys"
         keys = rng.integers(10, size=(dict(decoys=4, rewritten=3).get(self.place, 1), DIGITS))
         for key in keys:
@@ -58,14 +58,11 @@ class PassKey(InText):
             if free >= len(ids):
                 told, free = [*told, ids], free - len(ids)
         places = np.sort(rng.integers(free + 1, size=len(told))) if self.place else np.zeros(1, dtype=int)
-        pieces, end, starts = [], 0, []
+        pieces, end = [], 0
         for place, ids in zip(places, told):
-            pieces += filler(rng, place - end, text)
-            starts.append(sum(map(len, pieces)))
-            pieces.append(np.array(ids))
+            pieces += [*filler(rng, place - end, text), np.array(ids)]
             end = place
-        which = len(told) - 1 if self.place == "rewritten" else 0
-        return pieces + filler(rng, free - end, text), keys[which], starts[which]
+        return pieces + filler(rng, free - end, text), keys[len(told) - 1 if self.place == "rewritten" else 0]
 
     def check(self, config, training=True):
         super().check(config, training)
@@ -79,7 +76,7 @@ class PassKey(InText):
         n = int(rng.integers(min(2, stage[0]), stage[0] + 1))
         rows, answers = [], np.empty((size, 1, DIGITS), dtype=np.int64)
         for i in range(size):
-            pieces, key, _ = self.context(rng, n * self.segment_len, self.text("train"))
+            pieces, key = self.context(rng, n * self.segment_len, self.text("train"))
             answers[i, 0] = self.digits[key]
             rows.append(np.concatenate(pieces))
         questions = np.broadcast_to(self.question, (size, 1, len(self.question)))
@@ -93,7 +90,6 @@ class PassKey(InText):
         length, out = cell["length"], []
         for i in range(cell["n"]):
             rng = generator(0, "test", length, i)
-            context, key, start = self.context(rng, length * self.segment_len, self.text("eval"))
-            depth = None if not self.place else start / (length * self.segment_len)
-            out.append(Question(context, self.question, self.digits[key].tolist(), depth))
+            context, key = self.context(rng, length * self.segment_len, self.text("eval"))
+            out.append(Question(context, self.question, self.digits[key].tolist()))
         return out, 0

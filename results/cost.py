@@ -56,6 +56,20 @@ def models(size, device, memories):
     return made, idx
 
 
+def kept(model, idx):
+    """Bytes that a training step keeps for its backward pass, beside the parameters."""
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(idx, idx)
+    for p in model.parameters():
+        sizes.pop(p.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
 def costs(size, device):
     """Print a line for each memory."""
     made, idx = models(size, device, MEMORIES)
@@ -69,12 +83,13 @@ def costs(size, device):
     print(f"{SIZES[size][0]}, {idx.size(0)} rows of {idx.size(1):,} tokens; {device}, "
           f"{torch.get_num_threads()} threads")
     print("memory   parameters  state floats  tokens/s reading  over none"
-          + "  tokens/s training  over none" * bool(training))
+          + "  tokens/s training  over none  kB kept a token" * bool(training))
     for name, m in made.items():
         row = (f"{name:6}{m.n_params():13,}{floats[name]:14,}{idx.numel() / reading[name]:18,.0f}"
                f"{reading[name] / reading['none']:11.2f}")
         if training:
-            row += f"{idx.numel() / training[name]:19,.0f}{training[name] / training['none']:11.2f}"
+            row += (f"{idx.numel() / training[name]:19,.0f}{training[name] / training['none']:11.2f}"
+                    f"{kept(m, idx) / idx.numel() / 1000:17.1f}")
         print(row + " (its state grows)" * (name == "full"))
 
 

@@ -4,6 +4,7 @@ matplotlib).
 
 One colour, line and marker for each memory, in every figure; they differ in grey, too.
 """
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -118,6 +119,35 @@ def words():
     save(figure, "words")
 
 
+def forget():
+    """What a book does to memories of qa1: accuracy, and how far the memory has moved, against segments."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    rules = {("published", "nothing"): ("published", "#0066cc", ":"),
+             ("published", "gated_z"): ("z gated, too", "#2a9d3a", "--"),
+             ("delta", "nothing"): ("delta, no z", "#d62728", "-")}
+    gates = {("sigmoid", False): ("sigmoid", "o"), ("sigmoid", True): ("sigmoid, price", "^"),
+             ("hardsigmoid", False): ("can shut", "s"), ("hardsigmoid", True): ("can shut, price", "D")}
+    rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
+    for rule, (rule_name, colour, dashes) in rules.items():
+        for gate, (gate_name, marker) in gates.items():
+            mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"] > 0) == (*rule, *gate)]
+            for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)) if mine else ():
+                cells = {}
+                for row in mine:
+                    cells.setdefault(row["segments"] or 0.5, []).append(scale * row[field])
+                line(axis, cells, color=colour, linestyle=dashes, marker=marker, markersize=5,
+                     label=f"{rule_name}; {gate_name}")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([0.5, 16, 256, 4096, 16384], ["0", "16", "256", "4k", "16k"])
+        axis.minorticks_off()
+        axis.set_xlabel("segments of a book after what was told")
+    axes[0].set(ylabel="accuracy, % (mean, and all seeds)", ylim=(0, 103))
+    axes[1].set(ylabel="change of the memory, of its size", yscale="symlog", ylim=(0, None))
+    axes[1].legend(frameon=False, fontsize=9, loc="upper left")
+    save(figure, "forget")
+
+
 def curve():
     """Loss against steps: the plateau, and the stages of the curriculum."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
@@ -150,8 +180,8 @@ def written(changes, file):
 if __name__ == "__main__":
     with one_line_errors("figures.py"):
         (HERE / "figures").mkdir(exist_ok=True)
-        for draw in (pairs, words, curve):
+        for draw in (pairs, words, forget, curve):
             try:
                 draw()
-            except (ValueError, StopIteration) as e:
+            except (ValueError, OSError) as e:
                 print(f"{draw.__name__}: no rows ({e})")

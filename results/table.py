@@ -3,7 +3,6 @@ Print the rows of runs as tables: mean and standard deviation over seeds, one li
 
     python results/table.py out                          the runs in the folders inside out
     python results/table.py results/compare              published results, one file for each run
-    python results/table.py results/babilong --depth     also by the place of the oldest fact that is needed
 """
 import argparse
 import json
@@ -82,7 +81,7 @@ def cells_of(runs):
     return found
 
 
-def print_table(runs, depth=False):
+def print_table(runs):
     """
     One table for each task; runs of bAbI have a line for each part, and the 95% interval of all seeds'
     questions.
@@ -91,11 +90,12 @@ def print_table(runs, depth=False):
         found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
         lengths = sorted({length for _, cells in found.values() for length in cells},
                          key=lambda n: (isinstance(n, str), n))
-        asked = {json.dumps({k: v for k, v in json.loads(kind).items() if k != "part"}) for _, kind in found}
-        lines = []
+        asked, lines = [json.loads(kind) for _, kind in found], []
+        differ = [k for k in dict.fromkeys(k for kind in asked for k in kind if k != "part")
+                  if len({str(kind.get(k)) for kind in asked}) > 1]
         for (name, kind), (mine, cells) in found.items():
             kind, final = json.loads(kind), [run["final"] for run in mine]
-            label = f"{name} {kind.pop('part', '')}" + (f" {json.dumps(kind)}" if len(asked) > 1 else "")
+            label = f"{name} {kind.get('part', '')}" + "".join(f" {k} {kind.get(k)}" for k in differ)
             stuck = [f["stage"] for f in final if not f["learned"]]
             floats = "grows" if mine[0]["config"]["memory"] == "full" else f"{final[0]['state_floats']:,}"
             lines.append([label, str(len(mine)), f"{final[0]['parameters']:,}", floats,
@@ -113,24 +113,15 @@ def print_table(runs, depth=False):
             print("  ".join([line[0].ljust(widths[0]),
                              *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:]))])
                   + line[-1])
-        for (name, kind), (_, cells) in found.items() if depth else ():
-            for length, rows in cells.items():
-                if all("depths" in row for row in rows):
-                    fifths = [[sum(part) for part in zip(*fifth)]
-                              for fifth in zip(*(row["depths"] for row in rows))]
-                    print(f"{name} {json.loads(kind).get('part', '')} {length:,}: "
-                          f"correct by the place of the oldest fact: "
-                          + "  ".join(f"{right}/{n} {interval(right, n)}" for n, right in fifths))
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python results/table.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders of runs, or of published results")
-    parser.add_argument("--depth", action="store_true", help="also by the place of the oldest fact")
     args = parser.parse_args()
     with one_line_errors("table.py"):
-        print_table([run for folder in args.folders for run in read_runs(folder)], args.depth)
+        print_table([run for folder in args.folders for run in read_runs(folder)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""
+What a book does to a memory that has nothing to learn from it: tell models of qa1 who is where, let them read
+on, and ask on the way. Prints a JSON line for each point, after 0, 1, 2, 4, ... segments of the book:
+
+    moved      how far the memory is from what was told, relative to its size
+    wrote      the share of segments so far that changed the memory in any bit
+    accuracy   of the questions where each person is
+
+    python results/forget/silent.py out/forget data/books/pride_and_prejudice.txt > out/forget.jsonl
+    python results/forget/silent.py results/forget/read.jsonl      the table of such lines
+"""
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import torch                                                              # noqa: E402
+from tqdm import tqdm                                                     # noqa: E402
+
+import train                                                              # noqa: E402
+from armt import state_map, tensors                                       # noqa: E402
+from data import babi, fill, make_task, segments                          # noqa: E402
+from data.files import one_line_errors, read_text                         # noqa: E402
+
+
+def size(state):
+    """The length of a state, taken as one vector."""
+    return sum(x.square().sum().item() for x in tensors(state)) ** 0.5
+
+
+@torch.no_grad()
+def read_on(folder, book, rows=50, most=2 ** 14):
+    """50 stories of six facts, the same book behind each."""
+    c, model, _ = train.load(folder)
+    task, dice, T = make_task(c), random.Random("silent"), c.align or c.segment_len
+    stories = [task.story(dice, "qa1", 6) for _ in range(rows)]
+    pad = lambda text: task.words.pad(task.words.encode(text), c.align)
+    told = torch.from_numpy(segments([pad(" ".join(facts)) for facts, _ in stories], T))         # (rows, S, T)
+    text = torch.from_numpy(segments([pad(read_text(book))], T)[0])                              # (S, T)
+    asked = [(row, task.ask(q), task.words.id(a)) for row, (_, found) in enumerate(stories) for q, a in found
+             if q.startswith("Where is") and "the" not in q and a != babi.UNKNOWN]
+    row, questions = torch.tensor([r for r, _, _ in asked]), torch.from_numpy(fill([q for _, q, _ in asked]))
+    right, state, wrote = torch.tensor([a for _, _, a in asked]), model.init_state(rows), 0
+    for segment in told.unbind(1):
+        _, state = model.memory(model.wte(segment), state)
+    start = state
+    for i in tqdm(range(most + 1), desc=Path(folder).name, leave=False):
+        if i & (i - 1) == 0:                                                     # 0, 1, 2, 4, ...
+            logits, _, _ = model(questions, state=state_map(lambda s: s[row], state))
+            correct = logits[:, -1].argmax(-1) == right
+            print(json.dumps(dict(
+                run=Path(folder).name, rule=c.rule, gate=c.gate, ablate=c.ablate, price=c.price, seed=c.seed,
+                segments=i, moved=round(size(state_map(torch.sub, state, start)) / size(start), 4),
+                wrote=round(wrote / max(1, i * rows), 5),
+                accuracy=round(correct.float().mean().item(), 4))), flush=True)
+        segment = model.wte(text[i % len(text)].expand(rows, -1))
+        _, new = model.memory(segment, state_map(torch.clone, state))
+        changed = [(a != b).flatten(1).any(1) for a, b in zip(tensors(state), tensors(new))]     # (rows,) each
+        wrote, state = wrote + int(torch.stack(changed).any(0).sum()), new
+
+
+def print_table(file, points=(0, 64, 1024, 4096, 16384)):
+    """Mean accuracy of all seeds after so many segments, and at the last point the other two numbers."""
+    rows = [json.loads(line) for line in read_text(file).splitlines()]
+    kinds = {}
+    for row in rows:
+        kind = row["rule"], row["ablate"].replace("nothing", "-"), row["gate"], f"{row['price']:g}"
+        kinds.setdefault(kind, {}).setdefault(row["segments"], []).append(row)
+    print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds  correct, % after "
+          + "".join(f"{n:8,}" for n in points) + "  moved   wrote")
+    for kind, at in kinds.items():
+        mean = lambda n, field: statistics.mean(row[field] for row in at[n])
+        print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}{'':18}"
+              + "".join(f"{100 * mean(n, 'accuracy'):8.1f}" for n in points)
+              + f"{mean(points[-1], 'moved'):7.2f}{100 * mean(points[-1], 'wrote'):7.2f}%")
+
+
+if __name__ == "__main__":
+    with one_line_errors("silent.py"):
+        if sys.argv[1].endswith(".jsonl"):
+            sys.exit(print_table(sys.argv[1]))
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        for path in sorted(Path(sys.argv[1]).glob("**/config.json")):
+            read_on(path.parent, sys.argv[2])
