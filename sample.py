@@ -261,8 +261,10 @@ def make_parser():
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     parser.add_argument("--samples", type=int, metavar="N", help="recall, passkey: samples to show (5)")
     parser.add_argument("--facts", default="", help="qa: sentences to tell")
-    parser.add_argument("--read", nargs="+", default=[], metavar="FILE", help="qa: UTF-8 files to read")
-    parser.add_argument("--ask", nargs="+", default=[], metavar="QUESTION", help="qa: none, a conversation")
+    parser.add_argument("--read", nargs="+", action="extend", default=[], metavar="FILE",
+                        help="qa: UTF-8 files to read")
+    parser.add_argument("--ask", nargs="+", action="extend", default=[], metavar="QUESTION",
+                        help="qa: none, a conversation")
     parser.add_argument("--written", nargs="?", const="", metavar="FILE.png", help="qa: which segments wrote")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
     parser.add_argument("--save_state", metavar="FILE", help="qa: keep the memory in a file")
@@ -297,8 +299,9 @@ def main(argv=None):
         reader = Reader(config, model, task, device)
         if args.load_state:
             reader.load(args.load_state)
-        reader.warn(args.facts)
-        reader.tell(args.facts)
+        facts = args.facts.strip()
+        reader.warn(facts)
+        reader.tell(facts + "." if facts and facts[-1] not in ".?!" else facts)
         for file in args.read:
             reader.read(file)
         if args.written is not None:

@@ -395,9 +395,9 @@ def train(c, model, task, device, optimizers, p):
         p["done"] = p["stage_step"] >= (c.last_steps if last else c.stage_steps)
 
         # log and checkpoint
-        to_come = (len(stages) - 1 - p["stage"]) * c.stage_steps + c.last_steps
-        bar.total = p["step"] - p["stage_step"] + to_come
-        bar.set_postfix_str(f"stage {names[stage]} loss {loss:.3f} accuracy {running:.1%}", refresh=False)
+        bar.total = p["step"] - p["stage_step"] + c.last_steps if p["stage"] + 1 == len(stages) else None
+        bar.set_postfix_str(f"stage {names[stage]} ({stage + 1} of {len(stages)}) loss {loss:.3f} "
+                            f"accuracy {running:.1%}", refresh=False)
         bar.update()
         if p["step"] % 25 == 0 or p["done"] or stage != p["stage"]:
             add_row(c.out_dir, kind="train", step=p["step"], stage=names[stage],
@@ -481,6 +481,7 @@ def one_run(c):
         progress = checkpoint["progress"]
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
         write_rows(folder, rows)
+        print(f"{folder}: continues at step {progress['step']}")
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
     else:
@@ -527,8 +528,9 @@ def main(argv=None):
                     sys.exit(130)
         if WORLD > 1:
             distributed.destroy_process_group()
-        print(f"next: python results/table.py {Path(configs[0].out_dir).parent}" if len(configs) > 1 else
-              f"next: python sample.py --out_dir {configs[0].out_dir}")
+        if argv is None:                         # a program of yours that calls this knows better what is next
+            print(f"next: python results/table.py {Path(configs[0].out_dir).parent}" if len(configs) > 1 else
+                  f"next: python sample.py --out_dir {configs[0].out_dir}")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,13 @@ def spell(keys, key_size):
 
 class Recall:
     """The task; for the methods see data/__init__.py. A stage is (pairs,), a length is pairs."""
-    vocab_size, vocab, kind, unit, rows = VOCAB_SIZE, [], "recall", "pairs", [""]
+    vocab_size, vocab, kind, rows = VOCAB_SIZE, [], "recall", [""]
 
     def __init__(self, config):
         self.key_size, self.n_questions = config.key_size, config.questions
         self.segment_len = config.segment_len
         self.rewrite = config.task == "rewrite"
+        self.unit = "updates" if self.rewrite else "pairs"
 
     def check(self, config, training=True):
         for flag, values in dict(stages=numbers("stages", config.stages, 1, 1),

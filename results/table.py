@@ -22,7 +22,9 @@ def read_runs(folder):
     What cannot be read is named in one line and left out. ValueError if nothing is left.
     """
     runs = []
-    for path in sorted([*Path(folder).glob("*/config.json"), *Path(folder).glob("*.json")]):
+    files = [Path(folder)] if Path(folder).is_file() else [*Path(folder).glob("*/config.json"),
+                                                           *Path(folder).glob("*.json")]
+    for path in sorted(files):
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "config.json":
