@@ -42,6 +42,7 @@ from armt import GPT, GPTConfig, MEMORIES
 from data import (SPLITS, babi, babilong, chunks, download, fill, files, generator, make_task, passkey,
                   recall, segments)
 from results import table
+from results.forget import forget
 
 torch.set_num_threads(1)         # nothing here is large enough to be worth a second thread
 TOP = Path(train.__file__).parent
@@ -904,7 +905,8 @@ def test_words_of_bAbI_have_ids_that_are_fixed_for_good_and_any_other_falls_into
     """A checkpoint knows words by number."""
     assert hashlib.sha256(" ".join(babi.WORDS).encode()).hexdigest()[:8] == "5a03585c"
     assert WORDS.encode("MARY moved to the BathRoom.") == [4, 5, 6, 7, 8, 1] and WORDS.name(8) == "bathroom"
-    assert WORDS.split("Mrs-Bennet's _cat_ isn’t 4; 'a'!") == ["Mrs-Bennet's", "cat", "isn’t", "4", "a", "!"]
+    assert WORDS.split("Mrs-Bennet's _cat_ isn’t 4; 'a'!") == [
+        "Mrs-Bennet's", "cat", "isn’t", "4", "a", "!"]
     assert WORDS.count(WORDS.encode("Mary moved to the garden. Where is she? Here!")) == 9    # without marks
     ids = {WORDS.id(f"ship{i}") for i in range(3000)}
     assert min(ids) >= OWN_WORDS and max(ids) < WORDS.size == OWN_WORDS + 1024 and len(ids) > 900
@@ -1514,9 +1516,10 @@ def test_every_command_of_the_readme_parses(monkeypatch):
 def test_every_table_of_accuracies_is_that_of_the_rows(capsys):
     for folder in sorted({path.parent for path in (TOP / "results").rglob("*.json")}):
         table.print_table(table.read_runs(folder))
+    forget.print_table(TOP / "results" / "forget" / "read.jsonl")
     printed = {line.rstrip() for line in capsys.readouterr().out.splitlines()}
     shown = [line for text in (README, (TOP / "results" / "README.md").read_text(encoding="utf-8"))
-             for block in re.findall(r"```\n(accuracy, %.*?)```", text, re.S)
+             for block in re.findall(r"```\n((?:accuracy, %|rule  ).*?)```", text, re.S)
              for line in block.splitlines() if line]
     assert len(shown) > 30 and not [line for line in shown if line not in printed]
 

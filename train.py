@@ -528,7 +528,7 @@ def main(argv=None):
                     sys.exit(130)
         if WORLD > 1:
             distributed.destroy_process_group()
-        if argv is None:                         # a program of yours that calls this knows better what is next
+        if argv is None:                        # another program that calls this knows better what is next
             print(f"next: python results/table.py {Path(configs[0].out_dir).parent}" if len(configs) > 1 else
                   f"next: python sample.py --out_dir {configs[0].out_dir}")
 

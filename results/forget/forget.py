@@ -6,8 +6,8 @@ on, and ask on the way. Prints a JSON line for each point, after 0, 1, 2, 4, ...
     wrote      the share of segments so far that changed the memory in any bit
     accuracy   of the questions where each person is
 
-    python results/forget/silent.py out/forget data/books/pride_and_prejudice.txt > out/forget.jsonl
-    python results/forget/silent.py results/forget/read.jsonl      the table of such lines
+    python results/forget/forget.py out/forget data/books/pride_and_prejudice.txt > out/forget.jsonl
+    python results/forget/forget.py results/forget/read.jsonl      the table of such lines
 """
 import json
 import random
@@ -37,7 +37,7 @@ def read_on(folder, book, rows=50, most=2 ** 14):
     task, dice, T = make_task(c), random.Random("silent"), c.align or c.segment_len
     stories = [task.story(dice, "qa1", 6) for _ in range(rows)]
     pad = lambda text: task.words.pad(task.words.encode(text), c.align)
-    told = torch.from_numpy(segments([pad(" ".join(facts)) for facts, _ in stories], T))         # (rows, S, T)
+    told = torch.from_numpy(segments([pad(" ".join(facts)) for facts, _ in stories], T))        # (rows, S, T)
     text = torch.from_numpy(segments([pad(read_text(book))], T)[0])                              # (S, T)
     asked = [(row, task.ask(q), task.words.id(a)) for row, (_, found) in enumerate(stories) for q, a in found
              if q.startswith("Where is") and "the" not in q and a != babi.UNKNOWN]
@@ -57,7 +57,7 @@ def read_on(folder, book, rows=50, most=2 ** 14):
                 accuracy=round(correct.float().mean().item(), 4))), flush=True)
         segment = model.wte(text[i % len(text)].expand(rows, -1))
         _, new = model.memory(segment, state_map(torch.clone, state))
-        changed = [(a != b).flatten(1).any(1) for a, b in zip(tensors(state), tensors(new))]     # (rows,) each
+        changed = [(a != b).flatten(1).any(1) for a, b in zip(tensors(state), tensors(new))]    # (rows,) each
         wrote, state = wrote + int(torch.stack(changed).any(0).sum()), new
 
 
@@ -69,16 +69,16 @@ def print_table(file, points=(0, 64, 1024, 4096, 16384)):
         kind = row["rule"], row["ablate"].replace("nothing", "-"), row["gate"], f"{row['price']:g}"
         kinds.setdefault(kind, {}).setdefault(row["segments"], []).append(row)
     print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds  correct, % after "
-          + "".join(f"{n:8,}" for n in points) + "  moved   wrote")
+          + "".join(f"{n:8,}" for n in points) + "       moved   wrote")
     for kind, at in kinds.items():
         mean = lambda n, field: statistics.mean(row[field] for row in at[n])
         print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}{'':18}"
               + "".join(f"{100 * mean(n, 'accuracy'):8.1f}" for n in points)
-              + f"{mean(points[-1], 'moved'):7.2f}{100 * mean(points[-1], 'wrote'):7.2f}%")
+              + f"{mean(points[-1], 'moved'):12.3g}{100 * mean(points[-1], 'wrote'):7.2f}%")
 
 
 if __name__ == "__main__":
-    with one_line_errors("silent.py"):
+    with one_line_errors("forget.py"):
         if sys.argv[1].endswith(".jsonl"):
             sys.exit(print_table(sys.argv[1]))
         torch.set_num_threads(1)
