@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch                                                              # noqa: E402
 from tqdm import tqdm                                                     # noqa: E402
 
@@ -23,6 +24,7 @@ import train                                                              # noqa
 from armt import state_map, tensors                                       # noqa: E402
 from data import babi, fill, make_task, segments                          # noqa: E402
 from data.files import one_line_errors, read_text                         # noqa: E402
+from table import mean_of                                                 # noqa: E402
 
 
 def size(state):
@@ -62,19 +64,18 @@ def read_on(folder, book, rows=50, most=2 ** 14):
 
 
 def print_table(file, points=(0, 64, 1024, 4096, 16384)):
-    """Mean accuracy of all seeds after so many segments, and at the last point the other two numbers."""
-    rows = [json.loads(line) for line in read_text(file).splitlines()]
+    """Accuracy in per cent after so many segments, over seeds; medians of the rest at the last point."""
     kinds = {}
-    for row in rows:
+    for row in map(json.loads, read_text(file).splitlines()):
         kind = row["rule"], row["ablate"].replace("nothing", "-"), row["gate"], f"{row['price']:g}"
         kinds.setdefault(kind, {}).setdefault(row["segments"], []).append(row)
-    print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds  correct, % after "
-          + "".join(f"{n:8,}" for n in points) + "       moved   wrote")
+    print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds" + "".join(f"{n:13,}" for n in points)
+          + "    moved    wrote")
     for kind, at in kinds.items():
-        mean = lambda n, field: statistics.mean(row[field] for row in at[n])
-        print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}{'':18}"
-              + "".join(f"{100 * mean(n, 'accuracy'):8.1f}" for n in points)
-              + f"{mean(points[-1], 'moved'):12.3g}{100 * mean(points[-1], 'wrote'):7.2f}%")
+        last = {field: statistics.median(row[field] for row in at[points[-1]]) for field in ("moved", "wrote")}
+        print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}"
+              + "".join(mean_of(at[n]).rjust(13) for n in points)
+              + f"{last['moved']:9.2g}{100 * last['wrote']:8.1f}%")
 
 
 if __name__ == "__main__":
