@@ -84,9 +84,10 @@ def pairs():
         for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
         if task == "remember":
-            (_, own), = read_runs(HERE / "own")
-            line(axis, by_length([own]), color=LOOK["rmt"][0], linestyle=":", marker="o",
-                 label="rmt, own recipe")
+            for runs in groups(HERE / "own").values():
+                memory = runs[0]["config"]["memory"]
+                line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
+                                               "label": f"{memory}, own recipe"})
         axis.set_xscale("log", base=2)
         ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
         axis.set_xticks(ticks, ticks)
@@ -151,7 +152,7 @@ def forget():
 def curve():
     """Loss against steps: the plateau, and the stages of the curriculum."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    (_, run), = read_runs(HERE / "own")
+    run = next(run for _, run in read_runs(HERE / "own") if run["config"]["memory"] == "rmt")
     steps, loss, stages = zip(*((row["step"], row["loss"], row["stage"]) for row in run["curve"]))
     axis.plot(steps, loss, color=LOOK["rmt"][0])
     for stage in dict.fromkeys(stages):
