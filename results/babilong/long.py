@@ -3,9 +3,8 @@ Evaluate a run on texts of a million words and more, one after another: segments
 is are read side by side, and not read again by the same memory (sample.read_fast). The answers are those of
 train.py.
 
-    python results/babilong/long.py --out_dir data/pretrained --babi_dir data/babi --eval_text
-    data/novels/*.txt \\
-        --eval_lengths 1M,10M,50M --eval_samples 100,10,4
+    python results/babilong/long.py --out_dir data/pretrained --babi_dir data/babi \\
+        --eval_text data/novels/*.txt --eval_lengths 1M,10M,50M --eval_samples 100,10,4
 
 Flags are those of `train.py --eval_only`; the rows go to metrics.jsonl of the run.
 """
