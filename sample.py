@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from array import array
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -108,7 +109,8 @@ class Reader:
     def forget(self):
         """Begin again with an empty memory."""
         self.state, self.tail, self.quiet = self.model.init_state(1), [], {}
-        self.words_read, self.n_segments, self.wrote = 0, 0, []      # wrote: (which, change, ids) of segments
+        self.words_read, self.changes = 0, array("f")      # how much each segment changed the memory
+        self.most = []                                     # the five largest changes: (change, which, ids)
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
@@ -124,12 +126,14 @@ class Reader:
         whole = max(len(ids) - 1, 0) // self.T * self.T                  # the last segment may still continue
         segments = torch.tensor(ids[:whole], dtype=torch.long, device=self.device).view(-1, self.T)
         self.state, wrote = read_fast(self.model, segments, self.state, self.quiet)
-        self.wrote += [(self.n_segments + i, size, segments[i].tolist()) for i, size in wrote.items()]
-        self.n_segments, self.tail = self.n_segments + len(segments), ids[whole:]
+        found = [(size, len(self.changes) + i, segments[i].tolist()) for i, size in wrote.items()]
+        self.most = sorted(self.most + found)[-5:]
+        self.changes.extend(wrote.get(i, 0.0) for i in range(len(segments)))
+        self.tail = ids[whole:]
 
     def read(self, file):
         """Read a UTF-8 file of any size, piece by piece, with a bar. If it fails, nothing was read."""
-        before, size = {**vars(self), "wrote": list(self.wrote)}, os.path.getsize(file)
+        before, size = {**vars(self), "changes": self.changes[:]}, os.path.getsize(file)
         try:
             if not Path(file).is_file() or size == 0:
                 raise ValueError(f"--read: {file} is empty or not a file")
@@ -183,19 +187,18 @@ class Reader:
         self.state, self.tail, self.words_read = state, tail, words_read
 
 
-def show_written(reader, file, width=72, most=5):
+def show_written(reader, file, width=72):
     """Which segments wrote: a strip of text, or a figure in `file`, and the segments that wrote most."""
-    changes = np.zeros(max(1, reader.n_segments))
-    for i, size, _ in reader.wrote:
-        changes[i] = size
+    changes = np.array(reader.changes or [0.0])
     if file:
         from results.figures import written
         written(changes, file)
     cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
-    print(f"{reader.n_segments:,} segments from left to right; {len(reader.wrote):,} wrote, and changed the "
-          f"memory by at most {top:.3g} (the height). Those that wrote most (~ is a word not of bAbI):")
-    for i, size, ids in sorted(sorted(reader.wrote, key=lambda w: -w[1])[:most]):
+    wrote = np.count_nonzero(changes)
+    print(f"{len(reader.changes):,} segments from left to right; {wrote:,} wrote, and changed the memory by "
+          f"at most {top:.3g} (the height). Those that wrote most (~ is a word not of bAbI):")
+    for size, i, ids in sorted(reader.most, key=lambda found: found[1]):
         print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
 
 
@@ -207,7 +210,8 @@ def reply(reader, question, as_json):
     if as_json:
         print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
                               alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
-                              segments_wrote=len(reader.wrote), state_floats=state_floats(reader.state))))
+                              segments_wrote=sum(size > 0 for size in reader.changes),
+                              state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
         print(f"{question}  {names[0]}  ({shares[0]:.1%}; {others})")
