@@ -67,10 +67,7 @@ def read_fast(model, segments, state, quiet, most=64):
             break
         before = state_map(lambda s: s.expand(len(new), *s.shape[1:]), state)
         _, _, after = model(segments[[*new.values()]], state=before)
-        loud = torch.zeros(len(new), dtype=torch.bool, device=segments.device)                   # (rows,)
-        for a, b in zip(tensors(before), tensors(after)):        # a cache that grows has another shape
-            loud |= (a != b).flatten(1).any(1) if a.shape == b.shape else True
-        first = [*loud.tolist(), True].index(True)
+        first = [*changed(before, after, len(new)), True].index(True)
         known.update([*new][:first])
         i, ahead = end, min(2 * ahead, most)
         if first < len(new):
@@ -83,6 +80,14 @@ def read_fast(model, segments, state, quiet, most=64):
             while len(quiet) > 64:
                 quiet.pop(next(iter(quiet)))
     return state, wrote
+
+
+def changed(before, after, rows):
+    """Which rows of two states differ in any bit: a list of bool. A cache that has grown differs."""
+    loud = torch.zeros(rows, dtype=torch.bool, device=next((t.device for t in tensors(after)), None))
+    for a, b in zip(tensors(before), tensors(after)):
+        loud |= (a != b).flatten(1).any(1) if a.shape == b.shape else True
+    return loud.tolist()
 
 
 def moved(before, after):
@@ -111,6 +116,10 @@ class Reader:
         self.state, self.tail, self.quiet = self.model.init_state(1), [], {}
         self.words_read, self.changes = 0, array("f")      # how much each segment changed the memory
         self.most = []                                     # the five largest changes: (change, which, ids)
+
+    def n_wrote(self):
+        """How many of the segments read so far changed the memory."""
+        return int(np.count_nonzero(self.changes))
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
@@ -195,9 +204,8 @@ def show_written(reader, file, width=72):
         written(changes, file)
     cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
-    wrote = np.count_nonzero(changes)
-    print(f"{len(reader.changes):,} segments from left to right; {wrote:,} wrote, and changed the memory by "
-          f"at most {top:.3g} (the height). Those that wrote most (~ is a word not of bAbI):")
+    print(f"{len(reader.changes):,} segments from left to right; {reader.n_wrote():,} wrote, and changed the "
+          f"memory by at most {top:.3g} (the height). Those that wrote most (~ is a word not of bAbI):")
     for size, i, ids in sorted(reader.most, key=lambda found: found[1]):
         print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
 
@@ -210,8 +218,7 @@ def reply(reader, question, as_json):
     if as_json:
         print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
                               alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
-                              segments_wrote=sum(size > 0 for size in reader.changes),
-                              state_floats=state_floats(reader.state))))
+                              segments_wrote=reader.n_wrote(), state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
         print(f"{question}  {names[0]}  ({shares[0]:.1%}; {others})")

@@ -481,7 +481,8 @@ def one_run(c):
         progress = checkpoint["progress"]
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
         write_rows(folder, rows)
-        print(f"{folder}: continues at step {progress['step']}")
+        if not progress["done"]:
+            print(f"{folder}: continues at step {progress['step']}")
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
     else:

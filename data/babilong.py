@@ -345,15 +345,14 @@ class BABILong(InText):
     def batch(self, rng, size, stage):
         """
         `size` stories in texts of about one length, with up to eight questions about each. If a segment has
-        room for more than a sentence, half of the batches with other text are cut anywhere: what is easily
-        learned from aligned sentences is soon understood in others, and not without them.
+        room for more than --align tokens, half of the batches with other text are cut anywhere.
         """
         most_facts, most_words = (*stage, 0)[:2]
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
-        align, both_ways = self.align, 0 < self.align < self.segment_len
-        if length and both_ways and rng.random() < 0.5:
+        align = self.align
+        if length and 0 < align < self.segment_len and rng.random() < 0.5:
             align = 0
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):

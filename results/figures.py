@@ -184,5 +184,5 @@ if __name__ == "__main__":
         for draw in (pairs, words, forget, curve):
             try:
                 draw()
-            except (ValueError, OSError) as e:
+            except (ValueError, OSError, StopIteration) as e:
                 print(f"{draw.__name__}: no rows ({e})")

@@ -95,8 +95,8 @@ def print_table(runs):
         asked, lines = [json.loads(kind) for _, kind in found], []
         differ = [k for k in dict.fromkeys(k for kind in asked for k in kind if k != "part")
                   if len({str(kind.get(k)) for kind in asked}) > 1]
-        for (name, kind), (mine, cells) in found.items():
-            kind, final = json.loads(kind), [run["final"] for run in mine]
+        for ((name, _), (mine, cells)), kind in zip(found.items(), asked):
+            final = [run["final"] for run in mine]
             label = f"{name} {kind.get('part', '')}" + "".join(f" {k} {kind.get(k)}" for k in differ)
             stuck = [f["stage"] for f in final if not f["learned"]]
             floats = "grows" if mine[0]["config"]["memory"] == "full" else f"{final[0]['state_floats']:,}"

@@ -24,6 +24,7 @@ import train                                                              # noqa
 from armt import state_map, tensors                                       # noqa: E402
 from data import babi, fill, make_task, segments                          # noqa: E402
 from data.files import one_line_errors, read_text                         # noqa: E402
+from sample import changed                                                # noqa: E402
 from table import mean_of                                                 # noqa: E402
 
 
@@ -38,9 +39,8 @@ def read_on(folder, book, rows=50, most=2 ** 14):
     c, model, _ = train.load(folder)
     task, dice, T = make_task(c), random.Random("silent"), c.align or c.segment_len
     stories = [task.story(dice, "qa1", 6) for _ in range(rows)]
-    pad = lambda text: task.words.pad(task.words.encode(text), c.align)
-    told = torch.from_numpy(segments([pad(" ".join(facts)) for facts, _ in stories], T))        # (rows, S, T)
-    text = torch.from_numpy(segments([pad(read_text(book))], T)[0])                              # (S, T)
+    told = torch.from_numpy(segments([sum(task.tell(facts, c.align), []) for facts, _ in stories], T))
+    text = torch.from_numpy(segments([task.words.pad(task.words.encode(read_text(book)), c.align)], T)[0])
     asked = [(row, task.ask(q), task.words.id(a)) for row, (_, found) in enumerate(stories) for q, a in found
              if q.startswith("Where is") and "the" not in q and a != babi.UNKNOWN]
     row, questions = torch.tensor([r for r, _, _ in asked]), torch.from_numpy(fill([q for _, q, _ in asked]))
@@ -59,8 +59,7 @@ def read_on(folder, book, rows=50, most=2 ** 14):
                 accuracy=round(correct.float().mean().item(), 4))), flush=True)
         segment = model.wte(text[i % len(text)].expand(rows, -1))
         _, new = model.memory(segment, state_map(torch.clone, state))
-        changed = [(a != b).flatten(1).any(1) for a, b in zip(tensors(state), tensors(new))]    # (rows,) each
-        wrote, state = wrote + int(torch.stack(changed).any(0).sum()), new
+        wrote, state = wrote + sum(changed(state, new, rows)), new
 
 
 def print_table(file, points=(0, 64, 1024, 4096, 16384)):
@@ -72,7 +71,8 @@ def print_table(file, points=(0, 64, 1024, 4096, 16384)):
     print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds" + "".join(f"{n:13,}" for n in points)
           + "    moved    wrote")
     for kind, at in kinds.items():
-        last = {field: statistics.median(row[field] for row in at[points[-1]]) for field in ("moved", "wrote")}
+        last = {field: statistics.median(row[field] for row in at[points[-1]])
+                for field in ("moved", "wrote")}
         print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}"
               + "".join(mean_of(at[n]).rjust(13) for n in points)
               + f"{last['moved']:9.2g}{100 * last['wrote']:8.1f}%")
