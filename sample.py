@@ -36,6 +36,7 @@ from data import numbers
 from data.files import one_line_errors, write_atomically
 from train import Parser, answer, load, make_task, pick_device
 
+MOST_QUIET = 100_000                # segments known not to write; with more, the list begins anew
 PRETRAINED = Path(__file__).parent / "data" / "pretrained"
 HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
 ask      a sentence with a question mark: Where is Mary?
@@ -51,16 +52,15 @@ def read_fast(model, segments, state, quiet, most=64):
     memory}).
 
     Segments that leave the state unchanged, bit for bit, can be read side by side: read 1, 2, 4, ... rows
-    from the same state, stop at the first that writes, and continue after it. The dict `quiet` keeps which
-    segments did not write to which of the last 64 states, so that they need not be read again: give it to the
-    next call.
+    from the same state, stop at the first that writes, and continue after it. The set `quiet` keeps which
+    segments did not write to which state, so that they need not be read again: give it to the next call.
     """
     names, i, ahead, wrote = [segment.tobytes() for segment in segments.cpu().numpy()], 0, 1, {}
-    known = quiet.setdefault(fingerprint(state), set())
+    here = fingerprint(state).encode()
     while i < len(names):
         new, end = {}, i                                         # new: segment -> where it stands first
         while end < len(names) and len(new) < ahead:
-            if names[end] not in known:
+            if here + names[end] not in quiet:
                 new.setdefault(names[end], end)
             end += 1
         if not new:
@@ -68,7 +68,9 @@ def read_fast(model, segments, state, quiet, most=64):
         before = state_map(lambda s: s.expand(len(new), *s.shape[1:]), state)
         _, _, after = model(segments[[*new.values()]], state=before)
         first = [*changed(before, after, len(new)), True].index(True)
-        known.update([*new][:first])
+        if len(quiet) > MOST_QUIET:
+            quiet.clear()
+        quiet.update(here + name for name in [*new][:first])
         i, ahead = end, min(2 * ahead, most)
         if first < len(new):
             i, ahead = [*new.values()][first] + 1, 1
@@ -76,9 +78,7 @@ def read_fast(model, segments, state, quiet, most=64):
                 _, _, after = model(segments[i - 1:i], state=state)
             wrote[i - 1] = moved(state, after)
             state = after
-            known = quiet.setdefault(fingerprint(state), set())
-            while len(quiet) > 64:
-                quiet.pop(next(iter(quiet)))
+            here = fingerprint(state).encode()
     return state, wrote
 
 
@@ -113,7 +113,7 @@ class Reader:
 
     def forget(self):
         """Begin again with an empty memory."""
-        self.state, self.tail, self.quiet = self.model.init_state(1), [], {}
+        self.state, self.tail, self.quiet = self.model.init_state(1), [], set()
         self.words_read, self.changes = 0, array("f")      # how much each segment changed the memory
         self.most = []                                     # the five largest changes: (change, which, ids)
 
