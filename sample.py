@@ -106,8 +106,7 @@ class Reader:
 
     def __init__(self, config, model, task, device):
         self.model, self.task, self.words, self.device = model.eval(), task, task.words, device
-        self.align, self.T = config.align, config.align or config.segment_len
-        self.model.config.segment_len = self.T
+        self.align, self.T = task.align, config.segment_len
         self.fingerprint = fingerprint(tuple(model.parameters()))
         self.forget()
 
@@ -256,7 +255,6 @@ def converse(reader):
 
 def show_samples(config, model, task, device, n):
     """What is read, the question, the answer and the truth, of n fresh samples of the longest stage."""
-    model.config.segment_len = config.align or config.segment_len
     questions, _ = task.questions(dict(length=max(numbers("stages", config.stages))[0], n=n))
     for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
         context, truth = task.show(np.concatenate(q.context)), task.show(q.answer)

@@ -50,7 +50,7 @@ class Config(GPTConfig):
     stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), or facts/words (qa)
     key_size: int = 1               # recall: symbols in a key, so 16^key_size keys
     questions: int = 4              # recall: questions asked of one read
-    align: int = 0                  # qa: each sentence begins a segment of this many tokens; 0 cuts anywhere
+    align: int = 0                  # qa: sentences begin segments; below segment_len: in stages without text
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
@@ -319,7 +319,7 @@ def compiled(model, c):
     """With --compile, give `model` compiled code for segments of full batches; others use the usual code."""
     if not c.compile:
         return
-    shapes = {(c.batch_size // WORLD, T) for T in (c.align or c.segment_len, c.segment_len)}      # (rows, T)
+    shapes = {(c.batch_size // WORLD, T) for T in (c.align, c.segment_len)}                      # (rows, T)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     on_gpu = model.lm_head.weight.device.type == "cuda"
     usual = model.memory.forward
@@ -432,7 +432,6 @@ def answer(model, questions, device, bar):
 
 def evaluate(c, model, task, device, answer=answer):
     """A row of metrics.jsonl for each part of the task and length. Rows that are there are not made again."""
-    model.config.segment_len = c.align or c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # without half a last row
     done = [row["cell"] for row in rows if row["kind"] == "eval"]
     for cell in task.cells(c):
@@ -464,7 +463,6 @@ def one_run(c):
     device, folder, task = pick_device(c.device), Path(c.out_dir), make_task(c)
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
-    model.config.segment_len = c.align or c.segment_len
     optimizers, rows = make_optimizers(model, c), read_rows(folder)
     progress = dict(step=0, stage=0, stage_step=0, sums={}, seconds=0.0, learned=False, done=False)
     if (folder / "ckpt.pt").exists():

@@ -265,6 +265,9 @@ class BABILong(InText):
     """
     One or more of bAbI's first five tasks in background text; for the methods see data/__init__.py. A stage
     is (most facts, most words), a length is words. Training stories are simulated, and never published ones.
+
+    If a segment is longer than --align, sentences begin segments only as a curriculum: in the stages without
+    other text, whose segments have --align tokens. All else, evaluation included, is cut anywhere.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -272,7 +275,8 @@ class BABILong(InText):
 
     def __init__(self, config):
         super().__init__(config, babi.WORDS)
-        self.rows, self.align, self.segment_len = parts(config.task), config.align, config.segment_len
+        self.rows, self.segment_len, self.align_facts = parts(config.task), config.segment_len, config.align
+        self.align = self.align_facts if self.align_facts == self.segment_len else 0
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align)
         self.ids, self.samples = {}, {}                  # what was encoded, and which stories were read, once
@@ -343,17 +347,12 @@ class BABILong(InText):
         return told, found + dice.sample(unknown, min(len(unknown), 1))
 
     def batch(self, rng, size, stage):
-        """
-        `size` stories in texts of about one length, with up to eight questions about each. If a segment has
-        room for more than --align tokens, half of the batches with other text are cut anywhere.
-        """
+        """`size` stories in texts of about one length, with up to eight questions about each."""
         most_facts, most_words = (*stage, 0)[:2]
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
-        align = self.align
-        if length and 0 < align < self.segment_len and rng.random() < 0.5:
-            align = 0
+        align = self.align if most_words else self.align_facts
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]

@@ -84,10 +84,10 @@ def pairs():
         for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
         if task == "remember":
-            for runs in groups(HERE / "own").values():
-                memory = runs[0]["config"]["memory"]
-                line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
-                                               "label": f"{memory}, own recipe"})
+            for memory in ("rmt", "fam", "lm2"):
+                for runs in groups(HERE / memory / "own").values():
+                    line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
+                                                   "label": f"{memory}, own recipe"})
         axis.set_xscale("log", base=2)
         ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
         axis.set_xticks(ticks, ticks)
@@ -152,7 +152,7 @@ def forget():
 def curve():
     """Loss against steps: the plateau, and the stages of the curriculum."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    run = next(run for _, run in read_runs(HERE / "own") if run["config"]["memory"] == "rmt")
+    run = next(run for _, run in read_runs(HERE / "rmt" / "own"))
     steps, loss, stages = zip(*((row["step"], row["loss"], row["stage"]) for row in run["curve"]))
     axis.plot(steps, loss, color=LOOK["rmt"][0])
     for stage in dict.fromkeys(stages):
@@ -163,6 +163,66 @@ def curve():
     axis.text(steps[-1], 0.72, "ln 2: one of two values seen", ha="right", fontsize=8)
     axis.set(xlabel="step (a line begins a stage, with its pairs)", ylabel="loss", ylim=(0, 3.1))
     save(figure, "curve")
+
+
+def stored(runs):
+    """
+    {pairs shown: [pairs stored, for each seed]}, by appendix B of ARMT: n (v a - 1) / (v - 1) of n pairs, if
+    a is the accuracy and what is not stored is guessed among v = 16 values.
+    """
+    return {n: [n * max(0, 16 * a / 100 - 1) / 15 for a in values] for n, values in by_length(runs).items()}
+
+
+def capacity():
+    """Pairs stored against pairs shown, and at most, against the floats carried."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    folders = [HERE / "compare", *(HERE / m / "own" for m in ("rmt", "fam", "lm2")),
+               *(HERE / "armt" / name for name in ("order", "keys256"))]
+    shown = set()
+    for folder in folders:
+        for name, runs in groups(folder, lambda name, c: c["task"] == "remember").items():
+            memory, cells = runs[0]["config"]["memory"], stored(runs)
+            label = memory if memory not in shown else None
+            shown.add(memory)
+            style = {**look(memory), "label": label,
+                     **(dict(linestyle=(0, (1, 2))) if folder.name == "own" else {})}
+            if folder.name != "order":
+                line(axes[0], cells, **style)
+            if memory != "full":
+                axes[1].plot([max(1, runs[0]["final"]["state_floats"])],
+                             [max(statistics.mean(v) for v in cells.values())], **{**style, "linestyle": ""})
+    axes[0].plot([2, 256], [2, 256], color="#bbbbbb", linewidth=1)
+    for axis, label in zip(axes, ("pairs shown", "floats carried (full attention: grows)")):
+        axis.set_xscale("log", base=2 if axis is axes[0] else 10)
+        axis.set_yscale("symlog", base=2, linthresh=1)
+        axis.set(xlabel=label, ylim=(0, 300))
+        axis.set_yticks([0, 1, 4, 16, 64, 256], ["0", "1", "4", "16", "64", "256"])
+    axes[0].set_xticks([2, 4, 8, 16, 32, 64, 128, 256], [2, 4, 8, 16, 32, 64, 128, 256])
+    axes[0].set_ylabel("pairs stored (16 values)")
+    axes[1].set_title("at most, by the size of the state", fontsize=11)
+    axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    save(figure, "capacity")
+
+
+def page(memory):
+    """The ablations of one memory: a panel for each folder of results/MEMORY, a line for each kind of run."""
+    folders = sorted(path for path in (HERE / memory).iterdir() if path.is_dir())
+    figure, axes = plt.subplots(1, len(folders), figsize=(4.4 * len(folders), 3.6), squeeze=False)
+    for axis, folder in zip(axes[0], folders):
+        for i, (name, runs) in enumerate(groups(folder).items()):
+            words = name.split("-")[2:] or ["nothing left out"]
+            line(axis, by_length(runs), color=matplotlib.colormaps["viridis"](i / len(groups(folder))),
+                 marker="osD^vP"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=" ".join(words))
+        lengths = sorted(by_length([run for _, run in read_runs(folder)]))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, lengths, fontsize=8)
+        axis.minorticks_off()
+        task = runs[0]["config"]["task"]
+        axis.set(title=folder.name, ylim=(-2, 103),
+                 xlabel=dict(remember="pairs", rewrite="updates", passkey="segments").get(task, "words"))
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+    axes[0][0].set_ylabel("accuracy, %")
+    save(figure, memory)
 
 
 def written(changes, file):
@@ -181,8 +241,7 @@ def written(changes, file):
 if __name__ == "__main__":
     with one_line_errors("figures.py"):
         (HERE / "figures").mkdir(exist_ok=True)
-        for draw in (pairs, words, forget, curve):
-            try:
-                draw()
-            except (ValueError, OSError, StopIteration) as e:
-                print(f"{draw.__name__}: no rows ({e})")
+        for draw in (pairs, words, forget, curve, capacity):
+            draw()
+        for memory in ("rmt", "armt", "fam", "lm2"):
+            page(memory)

@@ -20,7 +20,7 @@ from data import chunks, make_task                                        # noqa
 from data.files import one_line_errors, only_user                         # noqa: E402
 from sample import read_fast                                              # noqa: E402
 
-QUIET = {}                            # which segments did not write to which memory, kept from text to text
+QUIET = set()                          # which segments did not write to which memory, kept from text to text
 
 
 @torch.no_grad()

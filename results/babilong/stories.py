@@ -24,11 +24,10 @@ from data.files import one_line_errors                                    # noqa
 def ask_everything(folder, stories=200):
     """Print a line for what is known and one for what is not."""
     c, model, _ = train.load(folder)
-    task, dice, T, marks = make_task(c), random.Random("stories"), c.align or c.segment_len, []
-    model.config.segment_len = T
+    task, dice, T, marks = make_task(c), random.Random("stories"), c.segment_len, []
     for part, i in tqdm([*itertools.product(babi.TASKS, range(stories))], leave=False):
         events = list(itertools.islice(babi.world(dice, part), 1 + i % 6))
-        told = segments([sum(task.tell([event.text for event in events], c.align), [])], T)      # (1, S, T)
+        told = segments([sum(task.tell([event.text for event in events], task.align), [])], T)
         _, _, state = model(torch.from_numpy(told).flatten(1))
         pairs = [pair for asked in babi.everything(events).values() for pair in asked.items()]
         questions = torch.from_numpy(fill([task.ask(question) for question, _ in pairs]))        # (q, n)

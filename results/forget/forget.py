@@ -37,10 +37,10 @@ def size(state):
 def read_on(folder, book, rows=50, most=2 ** 14):
     """50 stories of six facts, the same book behind each."""
     c, model, _ = train.load(folder)
-    task, dice, T = make_task(c), random.Random("silent"), c.align or c.segment_len
+    task, dice, T = make_task(c), random.Random("silent"), c.segment_len
     stories = [task.story(dice, "qa1", 6) for _ in range(rows)]
-    told = torch.from_numpy(segments([sum(task.tell(facts, c.align), []) for facts, _ in stories], T))
-    text = torch.from_numpy(segments([task.words.pad(task.words.encode(read_text(book)), c.align)], T)[0])
+    told = torch.from_numpy(segments([sum(task.tell(facts, task.align), []) for facts, _ in stories], T))
+    text = torch.from_numpy(segments([task.words.pad(task.words.encode(read_text(book)), task.align)], T)[0])
     asked = [(row, task.ask(q), task.words.id(a)) for row, (_, found) in enumerate(stories) for q, a in found
              if q.startswith("Where is") and "the" not in q and a != babi.UNKNOWN]
     row, questions = torch.tensor([r for r, _, _ in asked]), torch.from_numpy(fill([q for _, q, _ in asked]))
