@@ -518,13 +518,18 @@ def main(argv=None):
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         for c in configs:
             torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
-            with only_user(c.out_dir) if RANK == 0 else nullcontext():
-                if eval_only:
-                    model = load(c.out_dir, device := pick_device(c.device))[1]
-                    compiled(model, c)
-                    evaluate(c, model, make_task(c), device)
-                elif not one_run(c):
-                    sys.exit(130)
+            try:
+                with only_user(c.out_dir) if RANK == 0 else nullcontext():
+                    if eval_only:
+                        model = load(c.out_dir, device := pick_device(c.device))[1]
+                        compiled(model, c)
+                        evaluate(c, model, make_task(c), device)
+                    elif not one_run(c):
+                        sys.exit(130)
+            except ValueError as e:
+                if c is configs[-1]:
+                    raise
+                print(f"{c.out_dir}: {e}")      # the other runs of a grid do not need this one
         if WORLD > 1:
             distributed.destroy_process_group()
         if argv is None:                        # another program that calls this knows better what is next
