@@ -218,18 +218,11 @@ def pick_device(name):
 # --- The folder of a run ------------------------------------------------------------------------------------
 
 def read_config(path):
-    """The Config in a run's folder or results file. Old names become new ones, what is gone is dropped."""
+    """The Config in a run's folder or results file. What is gone since is dropped."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     try:
         saved = json.loads(read_text(file))
         saved = saved.get("config", saved)
-        if "words" in saved:                             # up to commit c808c54
-            delta, options = saved["ablate"] == "unit+no_denom", MEMORIES[saved["memory"]].options
-            saved |= dict(vocab=saved["words"], align=saved.get("align", 0) * saved["segment_len"],
-                          gate=saved.get("beta", "sigmoid"), rule="delta" if delta else "published",
-                          mem_layers=None)
-            saved |= {name: None for name in OPTIONAL if name not in options}
-            saved["ablate"] = "nothing" if delta else saved["ablate"]
         config = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
         kinds = {float: float | int, list: list | tuple}
         if all(isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)):
