@@ -35,12 +35,14 @@ def read_runs(folder):
                            curve=[row for row in rows if row["kind"] == "train"])
             run["eval"] = [row for row in run["eval"] if row["cell"]]
             name = path.parent.name if path.name == "config.json" else path.stem
+            name = re.sub(r"-?seed\d+$", "", name) or name
             if run["final"]:
-                runs.append((re.sub(r"-?seed\d+$", "", name) or name, run))
+                tables([(name, run)]), [(row["stage"], row["step"]) for row in run["curve"]]      # or it fails
+                runs.append((name, run))
             else:
                 print(f"{path.parent}: not finished, left out")
-        except (ValueError, KeyError, TypeError, OSError) as e:
-            print(f"{path}: {str(e)[:100]}; left out")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+            print(f"{path}: {type(e).__name__} {str(e)[:100]}; left out")
     if not runs:
         raise ValueError(f"there is no finished run in {folder}")
     return runs
@@ -83,11 +85,12 @@ def cells_of(runs):
     return found
 
 
-def print_table(runs):
+def tables(runs):
     """
-    One table for each task; runs of bAbI have a line for each part, and the 95% interval of all seeds'
-    questions.
+    The lines of one table for each task; runs of bAbI have a line for each part, and the 95% interval of all
+    seeds' questions.
     """
+    out = []
     for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
         found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
         lengths = sorted({length for _, cells in found.values() for length in cells},
@@ -110,11 +113,9 @@ def print_table(runs):
         head = ["accuracy, %", "seeds", "parameters", "state", "minutes",
                 *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
         widths = [max(map(len, column)) for column in zip(head, *lines)]
-        print()
-        for line in [head, *lines]:
-            print("  ".join([line[0].ljust(widths[0]),
-                             *(cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:]))])
-                  + line[-1])
+        out += ["", *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:])]) + line[-1]
+                      for line in [head, *lines])]
+    return out
 
 
 def main():
@@ -123,7 +124,7 @@ def main():
     parser.add_argument("folders", nargs="+", help="folders of runs, or of published results")
     args = parser.parse_args()
     with one_line_errors("table.py"):
-        print_table([run for folder in args.folders for run in read_runs(folder)])
+        print("\n".join(tables([run for folder in args.folders for run in read_runs(folder)])))
 
 
 if __name__ == "__main__":
