@@ -187,7 +187,7 @@ class Reader:
             for t, own in zip(tensors(state), tensors(self.state), strict=True):     # 0 rows: a cache grows
                 assert t.dtype == own.dtype and t.ndim == own.ndim
                 assert all(m in (0, n) for n, m in zip(t.shape, own.shape))
-            assert memory["fingerprint"] == self.fingerprint
+            assert memory["fingerprint"] == self.fingerprint and isinstance(tail, list)
             assert all(t.isfinite().all() for t in tensors(state)) and 0 <= words_read < 1e15
             assert all(0 <= int(i) < self.task.vocab_size for i in tail) and len(tail) <= self.T
         except Exception:                                            # a broken file can raise nearly anything

@@ -225,7 +225,9 @@ def read_config(path):
         saved = saved.get("config", saved)
         config = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
         kinds = {float: float | int, list: list | tuple}
-        if all(isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)):
+        fit = [isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)]
+        fit += [isinstance(x, str) for x in (*config.vocab, *config.background, *config.eval_text)]
+        if all(fit):
             return config
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         pass

@@ -125,9 +125,11 @@ def forget():
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     rules = {("published", "nothing"): ("published", "#0066cc", ":"),
              ("published", "gated_z"): ("z gated, too", "#2a9d3a", "--"),
-             ("delta", "nothing"): ("delta, no z", "#d62728", "-")}
+             ("delta", "nothing"): ("delta, no z", "#d62728", "-"),
+             ("rmt", "nothing"): ("rmt", "#444444", "-.")}
     gates = {("sigmoid", False): ("sigmoid", "o"), ("sigmoid", True): ("sigmoid, price", "^"),
-             ("hardsigmoid", False): ("can shut", "s"), ("hardsigmoid", True): ("can shut, price", "D")}
+             ("hardsigmoid", False): ("can shut", "s"), ("hardsigmoid", True): ("can shut, price", "D"),
+             ("-", False): ("", "x")}
     rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
     for rule, (rule_name, colour, dashes) in rules.items():
         for gate, (gate_name, marker) in gates.items():
@@ -137,7 +139,7 @@ def forget():
                 for row in mine:
                     cells.setdefault(row["segments"] or 0.5, []).append(scale * row[field])
                 line(axis, cells, color=colour, linestyle=dashes, marker=marker, markersize=5,
-                     label=f"{rule_name}; {gate_name}")
+                     label=f"{rule_name}; {gate_name}".strip("; "))
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.5, 16, 256, 4096, 16384], ["0", "16", "256", "4k", "16k"])

@@ -37,11 +37,11 @@ def read_runs(folder):
             name = path.parent.name if path.name == "config.json" else path.stem
             name = re.sub(r"-?seed\d+$", "", name) or name
             if run["final"]:
-                tables([(name, run)]), [(row["stage"], row["step"]) for row in run["curve"]]      # or it fails
+                tables([(name, run)]), [(row["stage"], row["step"]) for row in run["curve"]]    # or it fails
                 runs.append((name, run))
             else:
                 print(f"{path.parent}: not finished, left out")
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
             print(f"{path}: {type(e).__name__} {str(e)[:100]}; left out")
     if not runs:
         raise ValueError(f"there is no finished run in {folder}")
@@ -113,8 +113,10 @@ def tables(runs):
         head = ["accuracy, %", "seeds", "parameters", "state", "minutes",
                 *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
         widths = [max(map(len, column)) for column in zip(head, *lines)]
-        out += ["", *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:])]) + line[-1]
-                      for line in [head, *lines])]
+        out.append("")
+        for line in [head, *lines]:
+            out.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:])])
+                       + line[-1])
     return out
 
 

@@ -53,7 +53,8 @@ def read_on(folder, book, rows=50, most=2 ** 14):
             logits, _, _ = model(questions, state=state_map(lambda s: s[row], state))
             correct = logits[:, -1].argmax(-1) == right
             print(json.dumps(dict(
-                run=Path(folder).name, rule=c.rule, gate=c.gate, ablate=c.ablate, price=c.price, seed=c.seed,
+                run=Path(folder).name, rule=c.rule or c.memory, gate=c.gate or "-", ablate=c.ablate,
+                price=c.price, seed=c.seed,
                 segments=i, moved=round(size(state_map(torch.sub, state, start)) / size(start), 4),
                 wrote=round(wrote / max(1, i * rows), 5),
                 accuracy=round(correct.float().mean().item(), 4))), flush=True)
