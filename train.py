@@ -50,7 +50,7 @@ class Config(GPTConfig):
     stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), or facts/words (qa)
     key_size: int = 1               # recall: symbols in a key, so 16^key_size keys
     questions: int = 4              # recall: questions asked of one read
-    align: int = 0                  # qa: sentences begin segments; below segment_len: in stages without text
+    align: int = 0                  # qa: sentences begin segments; below segment_len it is a curriculum
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
@@ -314,7 +314,7 @@ def compiled(model, c):
     """With --compile, give `model` compiled code for segments of full batches; others use the usual code."""
     if not c.compile:
         return
-    shapes = {(c.batch_size // WORLD, T) for T in (c.align, c.segment_len)}                      # (rows, T)
+    shapes = {(c.batch_size // WORLD, c.segment_len >> i) for i in range(8 if c.align else 1)}   # (rows, T)
     warnings.filterwarnings("ignore", module="torch._dynamo")
     on_gpu = model.lm_head.weight.device.type == "cuda"
     usual = model.memory.forward

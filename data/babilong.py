@@ -266,8 +266,9 @@ class BABILong(InText):
     One or more of bAbI's first five tasks in background text; for the methods see data/__init__.py. A stage
     is (most facts, most words), a length is words. Training stories are simulated, and never published ones.
 
-    If a segment is longer than --align, sentences begin segments only as a curriculum: in the stages without
-    other text, whose segments have --align tokens. All else, evaluation included, is cut anywhere.
+    If a segment is longer than --align, that is a curriculum: in training, batches with one, two, four, ...
+    sentences in a segment take turns, and half of those with more than one are cut anywhere. Evaluation is
+    cut anywhere, in whole segments.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -275,8 +276,8 @@ class BABILong(InText):
 
     def __init__(self, config):
         super().__init__(config, babi.WORDS)
-        self.rows, self.segment_len, self.align_facts = parts(config.task), config.segment_len, config.align
-        self.align = self.align_facts if self.align_facts == self.segment_len else 0
+        self.rows, self.segment_len, self.shortest = parts(config.task), config.segment_len, config.align
+        self.align = config.align if config.align == config.segment_len else 0
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align)
         self.ids, self.samples = {}, {}                  # what was encoded, and which stories were read, once
@@ -352,7 +353,10 @@ class BABILong(InText):
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
-        align = self.align if most_words else self.align_facts
+        align, T = self.align, self.segment_len
+        if 0 < self.shortest < T:
+            T = self.shortest << int(rng.integers((T // self.shortest).bit_length()))
+            align = self.shortest if T == self.shortest or rng.random() < 0.5 else 0
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
@@ -364,7 +368,7 @@ class BABILong(InText):
             rows.append(np.concatenate(facts))
             questions += [self.ask(q) for q, _ in found] + [[]] * (self.n_questions - len(found))
             answers[i, :len(found), 0] = [self.words.id(answer) for _, answer in found]
-        context = segments(rows, align or self.segment_len)
+        context = segments(rows, T)
         swapped = (context >= len(self.words.names)) & (rng.random(context.shape) < SWAPPED)
         context[swapped] = rng.integers(len(self.words.names), self.words.size, size=swapped.sum())
         return Batch(context, fill(questions).reshape(size, self.n_questions, -1), answers)
