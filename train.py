@@ -266,9 +266,13 @@ def save_run(c, model, optimizers, progress):
 # --- Training -----------------------------------------------------------------------------------------------
 
 def change(old, new):
-    """How far a memory moved: (B,), the sum over its tensors of |new - old| / (1 + |old|)."""
+    """
+    How far a memory moved: (B,), the sum over its tensors of |new - old| / (1 + |old|). A cache that grows is
+    left out.
+    """
     size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
-    moved = (size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new)))
+    pairs = [(a, b) for a, b in zip(tensors(old), tensors(new)) if a.shape == b.shape]
+    moved = (size(b - a) / (1 + size(a).detach()) for a, b in pairs)
     return sum(moved, torch.zeros(()))
 
 
