@@ -189,7 +189,7 @@ class Reader:
                 assert all(m in (0, n) for n, m in zip(t.shape, own.shape))
             assert memory["fingerprint"] == self.fingerprint and isinstance(tail, list)
             assert all(t.isfinite().all() for t in tensors(state)) and 0 <= words_read < 1e15
-            assert all(0 <= int(i) < self.task.vocab_size for i in tail) and len(tail) <= self.T
+            assert all(type(i) is int and 0 <= i < self.task.vocab_size for i in tail) and len(tail) <= self.T
         except Exception:                                            # a broken file can raise nearly anything
             raise ValueError(f"--load_state: {file} is missing, damaged, or of another model") from None
         self.state, self.tail, self.words_read = state, tail, words_read

@@ -1179,6 +1179,7 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
     ("--ablate no_gama", "nothing, no_gamma, no_delta"), ("--memory lm2 --n_mem 17", "n_mem"),
     ("--task qa21", "task"), ("--lr nan", "lr"), ("--stages 2,x", "stages"), ("--stages 32", "stages"),
     ("--device tpu", "device"), ("--dtype float8", "dtype"), ("--align 8", "align"),
+    ("--task babilong --stages 2/0 --batch_size 7", "batch_size"),
     ("--like nowhere", "nowhere"), ("--task qa1 --background nowhere.txt", "nowhere"),
     ("--task qa1 --babi_dir nowhere", "babi_dir"), ("--eval_samples 0", "eval_samples"),
     ("--memory full --compile 1", "compile"), ("--memory none,rmt --ablate no_delta", "no_delta"),

@@ -380,7 +380,8 @@ def train(c, model, task, device, optimizers, p):
             found = found * WORLD
             distributed.all_gather_object(found, found[RANK])
         loss, row, correct = sum(x for x, _, _ in found), *(np.concatenate(x) for x in [*zip(*found)][1:])
-        shares = {part: float(correct[[parts[r % len(parts)] == part for r in row]].mean()) for part in parts}
+        part_of = np.array([parts[r % len(parts)] for r in row])
+        shares = {part: float(correct[part_of == part].mean()) for part in dict.fromkeys(part_of.tolist())}
 
         # curriculum: a stage is learned when its worst part is; the last one runs for last_steps
         p["step"], p["stage_step"] = p["step"] + 1, p["stage_step"] + 1

@@ -317,6 +317,8 @@ class BABILong(InText):
         numbers("stages", config.stages, least=1)
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
+        if training and config.batch_size < len(self.rows):
+            raise ValueError(f"--batch_size: {config.task} needs {len(self.rows)} rows, not {config.batch_size}")
         super().check(config, training)
         for cell in self.cells(config):
             if isinstance(cell["length"], str):

@@ -103,6 +103,7 @@ def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
     looks = dict(babilong=dict(color="#d62728", marker="D", linestyle="-", label="here, four novels"),
+                 cut=dict(color="#8e44ad", marker="o", linestyle="-.", label="here, cut anywhere, one seed"),
                  one_book=dict(color="#ff8c00", marker=".", linestyle="--",
                                label="here, one book that repeats"))
     for axis, part in zip(axes, PAPER):
