@@ -134,7 +134,9 @@ def forget():
     rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
     for rule, (rule_name, colour, dashes) in rules.items():
         for gate, (gate_name, marker) in gates.items():
-            mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"] > 0) == (*rule, *gate)]
+            price = 0.01 * (gate[1] or rule[0] == "rmt")
+            kind = *rule, gate[0], price
+            mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"]) == kind]
             for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)) if mine else ():
                 cells = {}
                 for row in mine:

@@ -48,14 +48,15 @@ def read_on(folder, book, rows=50, most=2 ** 14):
     for segment in told.unbind(1):
         _, state = model.memory(model.wte(segment), state)
     start = state
+    left_out = "decoys" if not c.decoys else "muon" if not c.muon_lr else c.ablate
     for i in tqdm(range(most + 1), desc=Path(folder).name, leave=False):
         if i & (i - 1) == 0:                                                     # 0, 1, 2, 4, ...
             logits, _, _ = model(questions, state=state_map(lambda s: s[row], state))
             correct = logits[:, -1].argmax(-1) == right
             print(json.dumps(dict(
-                run=Path(folder).name, rule=c.rule or c.memory, gate=c.gate or "-", ablate=c.ablate,
-                price=c.price, seed=c.seed,
-                segments=i, moved=round(size(state_map(torch.sub, state, start)) / size(start), 4),
+                run=Path(folder).name, rule=c.rule or c.memory, gate=c.gate or "-", ablate=left_out,
+                price=c.price, seed=c.seed, segments=i,
+                moved=round(size(state_map(torch.sub, state, start)) / size(start), 4),
                 wrote=round(wrote / max(1, i * rows), 5),
                 accuracy=round(correct.float().mean().item(), 4))), flush=True)
         segment = model.wte(text[i % len(text)].expand(rows, -1))
