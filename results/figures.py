@@ -193,11 +193,11 @@ def capacity():
                      **(dict(linestyle=(0, (1, 2))) if folder.name == "own" else {})}
             if folder.name != "order":
                 line(axes[0], cells, **style)
-            if memory != "full":
-                axes[1].plot([max(1, runs[0]["final"]["state_floats"])],
+            if memory not in ("none", "full"):
+                axes[1].plot([runs[0]["final"]["state_floats"]],
                              [max(statistics.mean(v) for v in cells.values())], **{**style, "linestyle": ""})
     axes[0].plot([2, 256], [2, 256], color="#bbbbbb", linewidth=1)
-    for axis, label in zip(axes, ("pairs shown", "floats carried (full attention: grows)")):
+    for axis, label in zip(axes, ("pairs shown (dotted: own recipe)", "floats carried")):
         axis.set_xscale("log", base=2 if axis is axes[0] else 10)
         axis.set_yscale("symlog", base=2, linthresh=1)
         axis.set(xlabel=label, ylim=(0, 300))
@@ -212,21 +212,24 @@ def capacity():
 def page(memory):
     """The ablations of one memory: a panel for each folder of results/MEMORY, a line for each kind of run."""
     folders = sorted(path for path in (HERE / memory).iterdir() if path.is_dir())
-    figure, axes = plt.subplots(1, len(folders), figsize=(4.4 * len(folders), 3.6), squeeze=False)
-    for axis, folder in zip(axes[0], folders):
+    rows, columns = -(-len(folders) // 3), min(3, len(folders))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.5 * rows), squeeze=False)
+    for axis, folder in zip(axes.flat, folders):
         for i, (name, runs) in enumerate(groups(folder).items()):
             words = name.split("-")[2:] or ["nothing left out"]
             line(axis, by_length(runs), color=matplotlib.colormaps["viridis"](i / len(groups(folder))),
                  marker="osD^vP"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=" ".join(words))
         lengths = sorted(by_length([run for _, run in read_runs(folder)]))
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, lengths, fontsize=8)
+        axis.set_xticks(lengths, [n if n not in (64, 128) or n == lengths[-1] else "" for n in lengths],
+                        fontsize=8)
         axis.minorticks_off()
         task = runs[0]["config"]["task"]
         axis.set(title=folder.name, ylim=(-2, 103),
                  xlabel=dict(remember="pairs", rewrite="updates", passkey="segments").get(task, "words"))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
-    axes[0][0].set_ylabel("accuracy, %")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy, %")
     save(figure, memory)
 
 
