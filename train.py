@@ -78,7 +78,7 @@ class Config(GPTConfig):
 
 FREE = ("eval_lengths", "eval_samples", "eval_text", "babi_dir", "device", "dtype", "compile", "threads",
         "out_dir")                               # what may change when a run is continued
-EVAL = (*FREE, "task", "align", "batch_size")    # what may change in an evaluation
+EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may change in an evaluation
 LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
@@ -432,6 +432,7 @@ def answer(model, questions, device, bar):
 
 def evaluate(c, model, task, device, answer=answer):
     """A row of metrics.jsonl for each part of the task and length. Rows that are there are not made again."""
+    model.config.segment_len = c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # without half a last row
     done = [row["cell"] for row in rows if row["kind"] == "eval"]
     for cell in task.cells(c):

@@ -279,7 +279,8 @@ class BABILong(InText):
         self.rows, self.segment_len, self.shortest = parts(config.task), config.segment_len, config.align
         self.align = config.align if config.align == config.segment_len else 0
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
-        self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align)
+        self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align,
+                          segment_len=self.segment_len)
         self.ids, self.samples = {}, {}                  # what was encoded, and which stories were read, once
 
     def encode(self, text):
