@@ -56,7 +56,7 @@ def read_on(folder, book, rows=50, most=2 ** 14):
             print(json.dumps(dict(
                 run=Path(folder).name, rule=c.rule or c.memory, gate=c.gate or "-", ablate=left_out,
                 price=c.price, seed=c.seed, segments=i,
-                moved=round(size(state_map(torch.sub, state, start)) / size(start), 4),
+                moved=round(size(state_map(torch.sub, state, start)) / (size(start) or 1.0), 4),
                 wrote=round(wrote / max(1, i * rows), 5),
                 accuracy=round(correct.float().mean().item(), 4))), flush=True)
         segment = model.wte(text[i % len(text)].expand(rows, -1))
