@@ -108,8 +108,10 @@ def words():
                                label="here, one book that repeats"))
     for axis, part in zip(axes, PAPER):
         for folder, style in looks.items():
-            line(axis, by_length([dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part])
-                                  for _, run in read_runs(HERE / folder)]), **style)
+            kept = [[row for row in run["eval"] if row["cell"]["part"] == part
+                     and (folder != "cut" or row["cell"]["segment_len"] == 64)]
+                    for _, run in read_runs(HERE / folder)]
+            line(axis, by_length([dict(eval=rows) for rows in kept]), **style)
         mean, spread = zip(*PAPER[part])
         axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#0066cc", marker="s",
                       linestyle=":", capsize=3, label="paper, ARMT of 137M")
