@@ -227,6 +227,7 @@ def read_config(path):
         kinds = {float: float | int, list: list | tuple}
         fit = [isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)]
         fit += [isinstance(x, str) for x in (*config.vocab, *config.background, *config.eval_text)]
+        fit += [not isinstance(x, bool) for x in vars(config).values()]              # True is an int, too
         if all(fit):
             return config
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
