@@ -84,7 +84,7 @@ def pairs():
         for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
         if task == "remember":
-            for memory in ("rmt", "fam", "lm2"):
+            for memory in ("rmt", "lm2"):
                 for runs in groups(HERE / memory / "own").values():
                     line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
                                                    "label": f"{memory}, own recipe"})
