@@ -1267,7 +1267,7 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
-    command = f"{FAST} --muon_lr 0 --clip 0 --stages 2 --last_steps 60 --eval_lengths 2"
+    command = f"{FAST} --muon_lr 0 --clip 0 --stages 2 --last_steps 30 --eval_lengths 2"
     said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
     assert "--lr" in said and "step" in said and "stage 2" in said
     run(f"{command} --lr 100,0.001 --out_dir {tmp_path}")           # the second run of a grid goes on
