@@ -319,7 +319,7 @@ class BABILong(InText):
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
         if training and config.batch_size < len(self.rows):
-            raise ValueError(f"--batch_size: {config.task} needs {len(self.rows)} rows, not {config.batch_size}")
+            raise ValueError(f"--batch_size: {config.task} needs at least {len(self.rows)} rows")
         super().check(config, training)
         for cell in self.cells(config):
             if isinstance(cell["length"], str):
