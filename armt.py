@@ -1,5 +1,5 @@
 """
-A small GPT that reads text segment by segment, and seven ways to carry memory, or none, from one to the next.
+A small GPT that reads text segment by segment, and seven ways to carry memory to the next segment, or none.
 
     memory  carried from one segment to the next     who writes it               cost of a segment
     none    nothing                                  -                           T^2
@@ -11,10 +11,10 @@ A small GPT that reads text segment by segment, and seven ways to carry memory, 
     lm2     a bank of M slots in each layer          slots, every layer          T^2 + 2 T M
 
 Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another.
-Depth is the loop in `Layered.forward`, one block after another (RMT has its own: its memory goes from top to
-bottom, and not from layer to the same layer). The memory is a value: it goes into a call as
-`state` and comes out as a new `state`, and no module keeps anything for itself. So an empty memory is
-`state=None`, two questions about one book use one state twice, and `torch.save(state)` saves a memory.
+Depth is the loop in `Layered.forward`, one block after another (RMT has its own: its memory goes from the top
+of one segment to the bottom of the next). The memory is a value: it goes into a call as `state` and comes out
+as a new `state`, and no module keeps anything for itself. So an empty memory is `state=None`, two questions
+about one book use one state twice, and `torch.save(state)` saves a memory.
 
 Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, rows or slots (n_mem),
           C width (n_embd), L layers, H heads, d = C / H features of a head, W cached segments (window),
@@ -260,14 +260,14 @@ class BSWA(Layered):
 #       [read; h; write] = Transformer([mem_s; x_s; mem_s])        mem_{s+1} = write
 #
 #   carried: mem (B, M, C), one set for all layers; the first is learned      cost: (T + 2M)^2
-#   ablate: two_way  memory tokens of a block see each other in one direction only, as in the authors' code of
-#                    2024; in that of 2022 they see each other both ways
+#   ablate: two_way  memory tokens of a block see each other both ways, as in the authors' code of 2022;
+#                    without, only those before them, as in that of 2024
 #   The state leaves at the top of a segment and enters the next at the bottom. So, unlike with the memories
 #   that stay in their layer, segment s + 1 cannot start before segment s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
-    """Blocks without a state of their own; what the top layer makes of the memory enters the next bottom."""
+    """Blocks without a state of their own; the top layer's output is the next segment's memory."""
     options, ablations = dict(n_mem=16), ("two_way",)
 
     def __init__(self, config):
@@ -362,7 +362,7 @@ class ARMTBlock(Block):
         if z is None:
             return (A,)
         # differs: the paper's gamma has no clip. Tokens of a segment that share a key all add it to z, and
-        # without the clip the next one overcorrects (four tokens: 4, -8, 28, ...). The authors' code clips
+        # without the clip the next segment overcorrects (four: 4k, -8k, 28k, ...). The authors' code clips
         # it, too, and stops its gradient. In the first segment, where z is 0, gamma is 1.
         gamma = (1 - overlap / (k.square().sum(-1, keepdim=True) + self.eps)).clamp(0, 1).detach()
         gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)                 # (B, M, 1)
@@ -411,9 +411,9 @@ class ARMT(Layered):
 #   ablate  no_copy        rows have no residual around attention
 #           sum_fam        rows query with a learned vector each, and have no residual around attention
 #           stop_gradient  as in bswa: of the cache
-#   F_0 of a layer is the learned prompt, run alone through the layers below: what the layer below has made of
-#   the first segment would show tokens their own future. Rows stand at the last M positions before the
-#   segment, as queries and as keys (the paper leaves open where the queries stand).
+#   F_0 of a layer is the learned prompt, run alone through the layers below: had the rows seen the first
+#   segment there, tokens would see their own future. Rows stand at the last M positions before the segment,
+#   as queries and as keys (the paper leaves open where the queries stand).
 #   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
 #   position offset is left out: rotary scores do not depend on it.
 
@@ -607,7 +607,7 @@ def checked(config):
     if config.memory == "lm2" and config.n_mem > config.n_embd:
         raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
-        raise ValueError(f"n_embd: {config.n_embd} does not split into n_head = {config.n_head} even ones")
+        raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even width")
     for word in config.ablate.split("+"):
         if word not in ("nothing", *words) or word in ("no_gamma", "gated_z") and config.rule == "delta":
             raise ValueError(f"ablate: memory '{config.memory}' has no '{word}'; it has "

@@ -273,7 +273,7 @@ def make_parser():
     parser.add_argument("--read", nargs="+", action="extend", default=[], metavar="FILE",
                         help="qa: UTF-8 files to read")
     parser.add_argument("--ask", nargs="+", action="extend", default=[], metavar="QUESTION",
-                        help="qa: none, a conversation")
+                        help="qa: none starts a conversation")
     parser.add_argument("--written", nargs="?", const="", metavar="FILE.png", help="qa: which segments wrote")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
     parser.add_argument("--save_state", metavar="FILE", help="qa: keep the memory in a file")

@@ -5,13 +5,13 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --memory none                     the control: it stays at chance
     python train.py --memory rmt,armt --seed 0,1,2    a grid: one folder a run
     python train.py --task rewrite --ablate no_gamma  leave something out
-    python train.py --task qa1                        BABILong: who is where, told in between other text
+    python train.py --task qa1                        BABILong: who is where, hidden in other text
     python train.py --like results/compare/qa1-armt-seed0.json --seed 1     the settings of another run
 
 A run is a curriculum. It begins with the easiest stage and advances when a stage is learned; in the last one
-the learning rate falls to zero; then it is evaluated, far beyond the lengths it was trained on. It lives in a
-folder: config.json, ckpt.pt, metrics.jsonl. If interrupted, the same command continues it, to exactly the
-same numbers.
+the learning rate falls to zero. Then the model is evaluated, mostly far beyond the lengths of training. A run
+has a folder, with config.json, ckpt.pt and metrics.jsonl. If it is interrupted, the same command continues
+it, to exactly the same numbers.
 """
 import argparse
 import inspect
@@ -47,10 +47,10 @@ class Config(GPTConfig):
     # the task
     vocab: list = ()                # set by the task: the words with ids of their own
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
-    stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), or facts/words (qa)
+    stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), facts/words/segment_len (qa)
     key_size: int = 1               # recall: symbols in a key, so 16^key_size keys
-    questions: int = 4              # recall: questions asked of one read
-    align: int = 0                  # qa: sentences begin segments; below segment_len it is a curriculum
+    questions: int = 4              # recall: questions about a sample
+    align: int = 0                  # qa: sentences begin segments; below segment_len: only in training
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
@@ -58,10 +58,10 @@ class Config(GPTConfig):
     learned: float = 0.98           # running accuracy, of the task's worst part, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
     price: float = 0.0              # weight, in the last stage, of a penalty on changes of the memory
+    half_price: float = 0.0         # change at which half of the price is due; above 0 the price rises, too
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
-    clip: float = 1.0               # largest norm of a gradient; 0 does not clip
     seed: int = 0                   # initial weights and all batches follow from it
     # evaluation
     eval_lengths: str = "2,4,8,16"  # where to evaluate, in pairs, segments or words; 1k and 1M work
@@ -82,7 +82,7 @@ EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may chang
 LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
-WEIGHT_DECAY, WARMUP, LEAST_STEPS = 1e-3, 100, 25         # LEAST_STEPS of a stage
+WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
 
@@ -174,14 +174,12 @@ def to_evaluate(given):
 
 
 def check(c, chosen, training=True):
-    """
-    The config with the memory's defaults, if it holds nothing that training or evaluation would stumble over,
-    and `chosen`, the flags that were given, all apply. Otherwise ValueError names the flag.
-    """
+    """The config with the memory's defaults. ValueError names a flag that cannot be, or does not apply."""
     most = 10 ** 9
     ranges = dict(key_size=(1, 4), questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, most),
-                  learned=(0, 1), last_steps=(1, most), price=(0, most), batch_size=(1, most), lr=(0, 100),
-                  muon_lr=(0, 100), clip=(0, most), seed=(0, 2 ** 32 - 1), compile=(0, 1), threads=(0, 1024))
+                  learned=(0, 1), last_steps=(1, most), price=(0, most), half_price=(0, most),
+                  batch_size=(1, most), lr=(0, 100), muon_lr=(0, 100), seed=(0, 2 ** 32 - 1), compile=(0, 1),
+                  threads=(0, 1024))
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:                  # nan is refused, too
             raise ValueError(f"--{name}: {getattr(c, name)} is not between {low} and {high:,}")
@@ -266,15 +264,15 @@ def save_run(c, model, optimizers, progress):
 
 # --- Training -----------------------------------------------------------------------------------------------
 
-def change(old, new):
+def change(old, new, half_price=0.0):
     """
-    How far a memory moved: (B,), the sum over its tensors of |new - old| / (1 + |old|). A cache that grows is
-    left out.
+    How far a memory moved: (B,), the sum over its tensors of m = |new - old| / (1 + |old|), or with a half
+    price h of m / (h + m), which small changes raise most. A cache that grows is left out.
     """
     size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
     pairs = [(a, b) for a, b in zip(tensors(old), tensors(new)) if a.shape == b.shape]
     moved = (size(b - a) / (1 + size(a).detach()) for a, b in pairs)
-    return sum(moved, torch.zeros(()))
+    return sum((m / (half_price + m) if half_price else m for m in moved), torch.zeros(()))
 
 
 def ask(model, questions, answers, state):
@@ -295,7 +293,7 @@ class BatchLoss(torch.nn.Module):
         super().__init__()
         self.model, self.device = model, device
 
-    def forward(self, batch, price=0.0):
+    def forward(self, batch, price=0.0, half_price=0.0):
         """
         Read a Batch once, then ask every question about it: mean loss of the questions, price of what was
         written, and as numpy arrays (q,) the row of each question and whether its answer was correct.
@@ -308,7 +306,7 @@ class BatchLoss(torch.nn.Module):
         for segment in context.unbind(1):
             _, new = self.model.memory(self.model.wte(segment), state)
             if price:
-                written = written + price * change(state, new).mean()
+                written = written + price * change(state, new, half_price).mean()
             state = new
         asked = torch.from_numpy(row).to(self.device)
         logits, loss = ask(self.model, questions, answers, state_map(lambda s: s[asked], state))
@@ -364,14 +362,15 @@ def train(c, model, task, device, optimizers, p):
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
+        price = c.price * (p["stage_step"] / c.last_steps if c.half_price else 1) if last else 0.0
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
-            loss, written, row, correct = batch_loss(mine, c.price if last else 0.0)
+            loss, written, row, correct = batch_loss(mine, price, c.half_price)
         (loss * share + written).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         failed = 0 if norm.isfinite() else failed + 1
         if failed == 20:
             raise ValueError(f"the loss is not finite since step {p['step'] - 19}, in stage {names[stage]}: "
-                             f"try a smaller --lr or --muon_lr, or a smaller --clip")
+                             f"try a smaller --lr or --muon_lr")
         for optimizer, _ in optimizers if not failed else ():
             optimizer.step()
 

@@ -49,7 +49,7 @@ def generator(seed, split, *place):
     return np.random.default_rng((seed, SPLITS.index(split), *place))
 
 
-def numbers(flag, text, most=2, least=0):
+def numbers(flag, text, most=3, least=0):
     """'0,1k,2/64' -> [(0,), (1000,), (2, 64)]: at most `most` each, the first >= `least`; else ValueError."""
     found = [re.findall(r"(\d{1,9})([kM]?)", part) for part in text.split(",")]
     values = [tuple(int(n) * dict(k=1000, M=1000000).get(unit, 1) for n, unit in part) for part in found]
@@ -95,17 +95,11 @@ def chunks(rows, size, T=1):
 
 def _blocks(pieces, size):
     """Cut a row of pieces into blocks of `size` ids."""
-    block, have = [], 0
-    for piece in pieces:
-        while have + len(piece) >= size:
-            block.append(piece[:size - have])
-            piece = piece[size - have:]
-            yield np.concatenate(block)
-            block, have = [], 0
-        block.append(piece)
-        have += len(piece)
-    if have:
-        yield np.concatenate(block)
+    begin = np.cumsum([0, *map(len, pieces)])             # where pieces begin, and the last one ends
+    for start in range(0, begin[-1], size):
+        first, end = np.searchsorted(begin, start, "right") - 1, np.searchsorted(begin, start + size)
+        yield np.concatenate([piece[max(0, start - at):start + size - at]
+                              for at, piece in zip(begin[first:end], pieces[first:end])])
 
 
 def find(task):

@@ -1,6 +1,5 @@
 """
-bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds in which people move about, and questions about
-them.
+bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds of people who move about, and questions.
 
 The published files (v1.2) are read and written byte for byte. For the first five tasks there is also a
 simulator, so that a model can be trained on as many stories as it likes and never see a published one. Its
@@ -10,14 +9,12 @@ import itertools
 import re
 import zlib
 from collections import defaultdict
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-# The words of the first five tasks, and the answer where a text does not say. A run keeps its list in
-# config.json.
+# The words of the first five tasks, and the answer where a text does not say. A run's config.json keeps them.
 UNKNOWN = "unknown"
 WORDS = """
 Mary moved to the bathroom John went hallway where is Daniel back Sandra garden office journeyed travelled
@@ -38,7 +35,6 @@ class Sample(NamedTuple):
     facts: list
     question: str
     answer: str
-    support: tuple           # indices of the facts that tell the answer
 
 
 # --- The published files ------------------------------------------------------------------------------------
@@ -83,14 +79,12 @@ def read_stories(path):
 
 def story_samples(story):
     """One Sample per question: it sees all earlier facts of its story and none of the earlier questions."""
-    out, facts, index = [], [], {}                                      # index[n] is the fact on line n
-    for n, line in enumerate(story, start=1):
+    out, facts = [], []
+    for line in story:
         if line.answer is None:
-            index[n] = len(facts)
             facts.append(line.text)
         else:
-            support = tuple(index[s] for s in line.support)
-            out.append(Sample(list(facts), line.text.strip(), line.answer, support))
+            out.append(Sample(list(facts), line.text.strip(), line.answer))
     return out
 
 
@@ -104,14 +98,12 @@ def spread(stories):
     return [own[(i + r) % len(own)] for r in range(rounds) for i, own in enumerate(each) if r < len(own)]
 
 
-@lru_cache(1)
-def published():
-    """The crc32 of all that stands before a question of the published test files of qa1 to qa5."""
-    return set(np.load(Path(__file__).parent / "published.npy").tolist())
+# The crc32 of all that stands before a question of the published test files of qa1 to qa5.
+PUBLISHED = set(np.load(Path(__file__).parent / "published.npy").tolist())
 
 
 def is_published(facts):
-    return zlib.crc32("\n".join(facts).encode()) in published()
+    return zlib.crc32("\n".join(facts).encode()) in PUBLISHED
 
 
 def find_file(folder, task):
@@ -159,8 +151,8 @@ class Ask(NamedTuple):
 
 def world(dice, task):
     """
-    The events of a world, without end (qa4: two). `dice` is a random.Random. Who and what is where at first
-    is hidden, so somebody may get a thing before anybody knows where he is.
+    The events of a world, without end (qa4: two). `dice` is a random.Random. Initial places are hidden, so
+    somebody may get a thing before anybody knows where he is.
     """
     if task == "qa4":
         yield from relations(dice)
@@ -169,14 +161,6 @@ def world(dice, task):
     things = [] if task == "qa1" else THINGS
     at = {name: dice.choice(PLACES) for name in [*actors, *things]}    # a thing's place, if nobody holds it
     holder = dict.fromkeys(things)
-
-    def happen(event):
-        if event.action == "move":
-            at[event.who] = event.place
-        elif event.action == "drop":
-            holder[event.what], at[event.what] = None, at[event.who]
-        else:
-            holder[event.what] = event.to or event.who
 
     def attempt():
         """Somebody wants to do something. None if it cannot be done: then the dice are thrown again."""
@@ -191,10 +175,7 @@ def world(dice, task):
         return Event(action, who, dice.choice(within_reach)) if within_reach else None
 
     def gift():
-        """
-        Whoever holds a thing and is not alone may give it: the first of his things, to the first of the
-        others. A thing that was just given can only be given on.
-        """
+        """Whoever is not alone may give his first thing to the first other; a gift may only be given on."""
         near = {who: [other for other in actors if other != who and at[other] == at[who]] for who in actors}
         held = {who: [what for what in things if holder[what] == who] for who in actors}
         if last and last.action == "give":
@@ -210,7 +191,12 @@ def world(dice, task):
         event = gift() if task == "qa5" else None
         while event is None:
             event = attempt()
-        happen(event)
+        if event.action == "move":
+            at[event.who] = event.place
+        elif event.action == "drop":
+            holder[event.what], at[event.what] = None, at[event.who]
+        else:
+            holder[event.what] = event.to or event.who
         last = event._replace(text=sentence(dice, task, event))
         yield last
 
@@ -240,12 +226,10 @@ def relations(dice):
 def subject(task, event):
     """What a question might ask because of this event: an actor (qa1), a thing, an event of qa4, or None."""
     if task == "qa1":
-        return event.who if event.action == "move" else None
+        return event.who                                        # in qa1 all events are moves
     if task == "qa4":
         return event
-    if task == "qa5":
-        return event.what if event.action == "give" else None
-    return event.what if event.action != "move" else None
+    return event.what if event.action in (("give",) if task == "qa5" else ("get", "drop")) else None
 
 
 def latest(events, fits, start=0):
@@ -306,10 +290,7 @@ def question(dice, task, events, window=WINDOW):
 
 
 def simulate(dice, task, n_stories, window=WINDOW):
-    """
-    Stories as in the published files: two facts, then a question if there is one to ask, and so on until the
-    fifth question (qa4: the first).
-    """
+    """Stories as published: two facts, a question if there is one, and so on to the fifth (qa4: first)."""
     stories = []
     for _ in range(n_stories):
         source, story, events, line_of = world(dice, task), [], [], []    # line_of[i]: the line of event i
@@ -369,8 +350,7 @@ def everything(events):
         for thing in way if action == "move" else ():
             if holder[thing] == who:
                 way[thing].append(at[who])
-    been = {thing: [spot.root() for spot in way[thing]] for thing in THINGS}
-    been = {thing: [spot.place for spot, _ in itertools.groupby(spots)] for thing, spots in been.items()}
+    been = {thing: [spot.place for spot, _ in itertools.groupby(way[thing], Spot.root)] for thing in THINGS}
     people, asked = dict.fromkeys([*ACTORS, *GIVERS]), {task: {} for task in TASKS}
     for who in people:
         asked["qa1"][f"Where is {who}? "] = at[who].root().place

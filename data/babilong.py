@@ -11,6 +11,7 @@ import json
 import random
 import re
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +38,8 @@ TASKS = dict(
 ALL = ["qa1", "qa2", "qa3", "qa3", "qa3", "qa4", "qa4", "qa5"]   # rows for what is slow to learn
 
 
-def parts(task):
-    """'qa1+qa2' -> ['qa1', 'qa2'], the tasks to train on; one that is named twice gets twice as many rows."""
-    return ALL if task == "babilong" else task.split("+")
-
-
 class Words:
-    """
-    Text <-> ids: 0 is the blank, then come the marks, then `vocab`, then BUCKETS ids shared by all other
-    words.
-    """
+    """Text <-> ids: 0 is the blank, then come marks, `vocab`, and BUCKETS ids shared by all other words."""
 
     def __init__(self, vocab=babi.WORDS):
         self.vocab = list(vocab)
@@ -131,17 +124,6 @@ def prose(n_sentences, seed):
     return " ".join(grow("S") for _ in range(n_sentences))
 
 
-def split_sentences(words, text):
-    """Text -> list of lists of ids, each ending with its mark."""
-    sentences, sentence = [], []
-    for i in words.encode(text):
-        sentence.append(i)
-        if i <= len(MARKS):
-            sentences.append(sentence)
-            sentence = []
-    return sentences + [sentence] if sentence else sentences
-
-
 class Background:
     """
     Sentences to hide facts in: those of at least SHORTEST tokens of the given UTF-8 files, in their natural
@@ -153,11 +135,12 @@ class Background:
     def __init__(self, files, part, words, align=0, change=list):
         flat = []                                                            # sentences, as lists of ids
         for file in files:
-            if str(file) == PROSE:
-                number = dict(train=20000, val=4000, test=20000)[part]
-                sentences = split_sentences(words, prose(number, seed=part))
-            else:
-                sentences = split_sentences(words, read_text(file))
+            built_in = str(file) == PROSE
+            text = prose(4000 if part == "val" else 20000, seed=part) if built_in else read_text(file)
+            ids = words.encode(text)
+            ends = [i for i, word in enumerate(ids, start=1) if word <= len(MARKS)]
+            sentences = [ids[a:b] for a, b in itertools.pairwise([0, *ends, len(ids)]) if a < b]
+            if not built_in:
                 end = len(sentences) * 9 // 10
                 sentences = dict(train=sentences[:end], val=sentences[end:], test=sentences)[part]
             long = [words.pad(change(s), align) for s in sentences if len(s) >= SHORTEST]
@@ -238,15 +221,13 @@ class InText:
         seen = {Path(file).name for file in self.files} & {Path(file).name for file in self.eval_files}
         self.where = dict(text=[Path(file).name for file in self.eval_files],
                           split="val" if seen else "test")   # val: passages that were held back from training
-        self.background = {}                                 # (part, align) -> Background, once needed
+        self.text = cache(self.text)                         # made once it is needed, and only once
 
     def text(self, part, align=0):
-        """The Background to train with (part "train") or to evaluate in ("eval"), made once."""
-        if (part, align) not in self.background:
-            files, split, change = (self.files, "train", self.disguise()) if part == "train" else \
-                (self.eval_files, self.where["split"], list)
-            self.background[part, align] = Background(files, split, self.words, align, change)
-        return self.background[part, align]
+        """The Background to train with (part "train") or to evaluate in ("eval")."""
+        if part == "train":
+            return Background(self.files, "train", self.words, align, self.disguise())
+        return Background(self.eval_files, self.where["split"], self.words, align)
 
     def disguise(self):
         """What each sentence of the training text goes through, from ids to ids."""
@@ -266,9 +247,9 @@ class BABILong(InText):
     One or more of bAbI's first five tasks in background text; for the methods see data/__init__.py. A stage
     is (most facts, most words), a length is words. Training stories are simulated, and never published ones.
 
-    If a segment is longer than --align, that is a curriculum: in training, batches with one, two, four, ...
-    sentences in a segment take turns, and half of those with more than one are cut anywhere. Evaluation is
-    cut anywhere, in whole segments.
+    Alignment can be a curriculum. If --align is below --segment_len, a sentence begins a segment of --align
+    tokens in training; in a stage with a third number text is cut anywhere instead, into segments of that
+    many tokens. Evaluation is cut anywhere.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -276,24 +257,17 @@ class BABILong(InText):
 
     def __init__(self, config):
         super().__init__(config, babi.WORDS)
-        self.rows, self.segment_len, self.shortest = parts(config.task), config.segment_len, config.align
+        self.rows = ALL if config.task == "babilong" else config.task.split("+")
+        self.segment_len, self.sentence = config.segment_len, config.align
         self.align = config.align if config.align == config.segment_len else 0
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align,
                           segment_len=self.segment_len)
-        self.ids, self.samples = {}, {}                  # what was encoded, and which stories were read, once
-
-    def encode(self, text):
-        """The ids of a sentence; there are only so many different ones."""
-        if text not in self.ids:
-            self.ids[text] = self.words.encode(text)
-        return self.ids[text]
+        self.encode = cache(self.words.encode)           # there are only so many different sentences
+        self.samples = {}                                # which stories were read, once
 
     def ask(self, text):
-        """
-        The ids of a question, left-padded. (Always to the same width: training showed short questions only
-        so, and the model fails without the blanks.)
-        """
+        """The ids of a question, left-padded to one width: without its blanks a trained model fails."""
         return [0] * (self.width - len(self.encode(text))) + self.encode(text)
 
     def tell(self, facts, align):
@@ -315,9 +289,12 @@ class BABILong(InText):
 
     def check(self, config, training=True):
         """ValueError, naming flag or file, for settings and files that cannot serve."""
-        numbers("stages", config.stages, least=1)
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
+        for stage in numbers("stages", config.stages, least=1):
+            if len(stage) == 3 and not 0 < config.align <= stage[2] <= config.segment_len:
+                raise ValueError(f"--stages: a segment of {stage[2]} tokens is shorter than --align, which "
+                                 f"must not be 0, or longer than --segment_len")
         if training and config.batch_size < len(self.rows):
             raise ValueError(f"--batch_size: {config.task} needs at least {len(self.rows)} rows")
         super().check(config, training)
@@ -352,14 +329,13 @@ class BABILong(InText):
 
     def batch(self, rng, size, stage):
         """`size` stories in texts of about one length, with up to eight questions about each."""
-        most_facts, most_words = (*stage, 0)[:2]
+        most_facts, most_words, cut = (*stage, 0, 0)[:3]
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
         align, T = self.align, self.segment_len
-        if 0 < self.shortest < T:
-            T = self.shortest << int(rng.integers((T // self.shortest).bit_length()))
-            align = self.shortest if T == self.shortest or rng.random() < 0.5 else 0
+        if 0 < self.sentence < T:
+            T, align = (cut, 0) if cut else (self.sentence, self.sentence)
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]

@@ -5,8 +5,8 @@ Fetch the published bAbI files, four books to train and choose with and four nov
     python -m data.download                      into data/babi, data/books and data/novels
     python -m data.download --out_dir DIR        into DIR/babi, DIR/books and DIR/novels
 
-A download that breaks off is kept as FILE.part, and the same command continues it. Nothing else is written
-before it was checked: the archive's files by their SHA-256 (data/babi.sha256), each text by its title and its
+A download that breaks off is kept as FILE.part, and the same command continues it. All else is checked
+before it is written: the archive's files by their SHA-256 (data/babi.sha256), each text by its title and its
 size.
 
 The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training
@@ -71,10 +71,7 @@ def fetch(url, path):
 
 
 def unpack(archive, wanted, folder):
-    """
-    The `wanted` files, {file: SHA-256}, from the archive to `folder`, checked, all or none. ValueError names
-    one.
-    """
+    """The `wanted` files, {file: SHA-256}, to `folder`, checked, all or none. ValueError names one."""
     found = {}
     try:
         with tarfile.open(archive) as tar:
@@ -110,8 +107,7 @@ def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=HERE,
-                        help="where to put babi, books and novels (data)")
+    parser.add_argument("--out_dir", type=Path, default=HERE, help="where babi, books and novels go (data)")
     out = parser.parse_args(argv).out_dir
     with one_line_errors("data.download", "stopped; the same command continues"):
         wanted = dict(line.split()[::-1] for line in (HERE / "babi.sha256").read_text().splitlines())

@@ -39,9 +39,7 @@ def write_atomically(path, write):
 
 
 def read_rows(folder):
-    """
-    The rows of metrics.jsonl. Half a last line (a power cut) is left out; ValueError names any other damage.
-    """
+    """The rows of metrics.jsonl, without half a last line (a power cut). ValueError names other damage."""
     path, rows = Path(folder, "metrics.jsonl"), []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for n, line in enumerate(lines, start=1):

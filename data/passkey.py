@@ -30,10 +30,7 @@ def filler(rng, n_tokens, text):
 
 
 class PassKey(InText):
-    """
-    The task; for the methods see data/__init__.py. A stage is (most segments,), a length is
-    segments; a context of n segments has exactly n segment_len tokens, the key included.
-    """
+    """The task (see data/__init__.py). A stage is (most segments,), a length is segments, key included."""
     kind, unit, rows = "passkey", "segments", [""]
 
     def __init__(self, config):

@@ -15,7 +15,6 @@ from . import Batch, Question, eval_points, generator, numbers, segments
 ALPHABET = 16
 SYMBOLS = np.arange(1, ALPHABET + 1)            # ids of the symbols; 0 is the blank
 TELL, ASK, END = ALPHABET + 1, ALPHABET + 2, ALPHABET + 3
-VOCAB_SIZE = END + 1
 NAMES = [" ", *"0123456789abcdef", ":", "?", ";"]        # how ids are shown
 TASKS = dict(
     remember=dict(segment_len=4, n_head=2, batch_size=16, questions=8, stages="2,4,8,16", last_steps=100,
@@ -31,7 +30,7 @@ def spell(keys, key_size):
 
 class Recall:
     """The task; for the methods see data/__init__.py. A stage is (pairs,), a length is pairs."""
-    vocab_size, vocab, kind, rows = VOCAB_SIZE, [], "recall", [""]
+    vocab_size, vocab, kind, rows = END + 1, [], "recall", [""]
 
     def __init__(self, config):
         self.key_size, self.n_questions = config.key_size, config.questions

@@ -1,11 +1,9 @@
 """
 What each memory costs on this machine. Times are medians of runs that take turns, so compare them by ratio.
 
-    python results/cost.py                tokens a second, reading and training, and floats carried, at the
-                                          recall size
+    python results/cost.py                tokens a second, read and trained, and floats carried (recall size)
     python results/cost.py --size gpt2    the same at the size of GPT-2 small, reading only
-    python results/cost.py --authors      ARMT beside a loop written from the paper in the manner of the
-                                          authors' module
+    python results/cost.py --authors      ARMT beside a loop in the manner of the authors' module
     python results/cost.py --launches     kernels launched for each layer and segment, forward and backward
     python results/cost.py --words 10k,1M,10M       seconds and memory of sample.py, per word read
 """
@@ -123,7 +121,8 @@ class Authors(torch.nn.Module):
                 memory[layer] = A + torch.einsum("bmd,bmc->bmdc", k, beta * v).sum(1), z + (gamma * k).sum(1)
             logits.append(model.lm_head(model.memory.ln_f(x)[:, :segment.size(1)]))
         logits = torch.cat(logits, dim=1)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 def against_authors(device):
@@ -134,8 +133,6 @@ def against_authors(device):
     targets[:, -1] = idx[:, -1]
     few = idx[:, :18]                      # at initialisation differences of rounding grow with the segments
     assert torch.allclose(ours(few)[0], theirs(few)[0][:, -1:], atol=1e-2)
-    whole = F.cross_entropy
-    F.cross_entropy = lambda *a, **k: whole(*a, **{**k, "ignore_index": -1})
     usual = ours.memory.forward
     fast = torch.compile(usual, dynamic=False)
 
@@ -155,15 +152,11 @@ def against_authors(device):
 
 
 def launches():
-    """
-    Print kernels launched per layer and segment, forward and backward: operators that compute, as the
-    profiler sees.
-    """
+    """Print kernels launched per layer and segment, forward and backward: operators that compute."""
     from torch.profiler import ProfilerActivity, profile
-    views = ("view", "reshape", "transpose", "as_strided", "expand", "slice", "select", "unsqueeze",
-             "squeeze", "detach", "chunk", "split", "narrow", "alias", "unflatten", "flatten", "permute",
-             "empty", "resize", "to", "t", "mT", "result_type", "linear", "matmul", "layer_norm",
-             "scaled_dot_product_attention", "unbind", "ones_like", "zeros_like", "new_zeros")
+    views = """view reshape transpose as_strided expand slice select unsqueeze squeeze detach chunk split
+        narrow alias unflatten flatten permute empty resize to t mT result_type linear matmul layer_norm
+        scaled_dot_product_attention unbind ones_like zeros_like new_zeros""".split()
     made, idx = models("recall", "cpu", MEMORIES)
     for name, m in made.items():
         counts = []
@@ -184,8 +177,7 @@ def words(lengths):
     for (n,) in numbers("words", lengths):
         with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as file:
             per = len(babilong.Words().split(text)) - text.count(".") - text.count("?")
-            for _ in range(n // per):
-                file.write(text + "\n")
+            file.write((text + "\n") * (n // per))
             file.write(text[:int(len(text) * (n % per) / per)])
         code = ("import resource, sys, time; sys.argv = ['sample.py']; import sample; t = time.time(); "
                 f"sample.main(['--read', {file.name!r}, '--ask', 'Where is Mary?', '--json']); "

@@ -1,6 +1,5 @@
 """
-Draw the figures from the rows in results/: python results/figures.py. Needs matplotlib (pip install
-matplotlib).
+Draw the figures from the rows in results/: python results/figures.py (pip install matplotlib first).
 
 One colour, line and marker for each memory, in every figure; they differ in grey, too.
 """
@@ -10,9 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
 from data.files import one_line_errors                                    # noqa: E402
-from table import read_runs                                               # noqa: E402
+from results.table import read_runs                                       # noqa: E402
 
 try:
     import matplotlib
@@ -25,8 +23,7 @@ HERE = Path(__file__).parent
 LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"),
             rmt=("#0066cc", "-", "o"), armt=("#d62728", "-", "D"), fam=("#2a9d3a", "--", "^"),
             lm2=("#8e44ad", "-.", "P"))
-# ARMT of 137M parameters: BABILong, table 4 (up to 16k tokens), and ARMT, table 1 (beyond: mean and standard
-# deviation)
+# ARMT of 137M parameters: BABILong, table 4 (up to 16k tokens), and ARMT, table 1 (beyond: mean, deviation)
 LENGTHS = (0, 1_000, 4_000, 16_000, 128_000, 1_000_000, 10_000_000, 50_000_000)
 PAPER = dict(
     qa1=((100, 0), (99, 0), (100, 0), (100, 0), (99.9, 0.2), (98.5, 1.0), (89.4, 8.1), (49.6, 40.4)),
@@ -53,10 +50,10 @@ def by_length(runs):
     return dict(sorted(found.items()))
 
 
-def groups(folder, keep=lambda name, config: True):
+def groups(folder, task=None):
     found = {}
     for name, run in read_runs(folder):
-        if keep(name, run["config"]):
+        if task in (None, run["config"]["task"]):
             found.setdefault(name, []).append(run)
     return found
 
@@ -81,7 +78,7 @@ def pairs():
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for axis, task, title in zip(axes, ("remember", "rewrite"),
                                  ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
-        for name, runs in groups(HERE / "compare", lambda name, c: c["task"] == task).items():
+        for name, runs in groups(HERE / "compare", task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
         if task == "remember":
             for memory in ("rmt", "lm2"):
@@ -130,15 +127,13 @@ def forget():
              ("published", "gated_z"): ("z gated, too", "#2a9d3a", "--"),
              ("delta", "nothing"): ("delta, no z", "#d62728", "-"),
              ("rmt", "nothing"): ("rmt", "#444444", "-.")}
-    gates = {("sigmoid", False): ("sigmoid", "o"), ("sigmoid", True): ("sigmoid, price", "^"),
-             ("hardsigmoid", False): ("can shut", "s"), ("hardsigmoid", True): ("can shut, price", "D"),
-             ("-", False): ("", "x")}
+    gates = {("sigmoid", 0): ("sigmoid", "o"), ("sigmoid", 0.01): ("sigmoid, price", "^"),
+             ("hardsigmoid", 0): ("can shut", "s"), ("hardsigmoid", 0.01): ("can shut, price", "D"),
+             ("-", 0.01): ("", "x")}                              # (gate, price)
     rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
     for rule, (rule_name, colour, dashes) in rules.items():
         for gate, (gate_name, marker) in gates.items():
-            price = 0.01 * (gate[1] or rule[0] == "rmt")
-            kind = *rule, gate[0], price
-            mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"]) == kind]
+            mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"]) == (*rule, *gate)]
             for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)) if mine else ():
                 cells = {}
                 for row in mine:
@@ -187,7 +182,7 @@ def capacity():
                *(HERE / "armt" / name for name in ("order", "keys256"))]
     shown = set()
     for folder in folders:
-        for name, runs in groups(folder, lambda name, c: c["task"] == "remember").items():
+        for name, runs in groups(folder, "remember").items():
             memory, cells = runs[0]["config"]["memory"], stored(runs)
             label = memory if memory not in shown else None
             shown.add(memory)

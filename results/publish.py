@@ -2,8 +2,7 @@
 Keep what a run showed in one small file: its settings, its evaluation and a thinned curve.
 
     python results/publish.py out/compare results/compare   one file for each finished run in out/compare
-    python results/publish.py --weights out/RUN DIR         config.json and float16 weights, enough to use the
-                                                            model
+    python results/publish.py --weights out/RUN DIR         config.json and float16 weights, to use the model
 """
 import argparse
 import json
@@ -40,8 +39,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--weights", action="store_true",
-                        help="the weights of one run, instead of what it showed")
+    parser.add_argument("--weights", action="store_true", help="the weights of a run, not what it showed")
     args = parser.parse_args()
     with one_line_errors("publish.py"):
         args.target.mkdir(parents=True, exist_ok=True)

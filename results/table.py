@@ -29,11 +29,8 @@ def read_runs(folder):
             run = json.loads(path.read_text(encoding="utf-8"))
             if path.name == "config.json":
                 rows = read_rows(path.parent)
-                final = [row for row in rows if row["kind"] == "final"]
-                run = dict(config=run, eval=[row for row in rows if row["kind"] == "eval"],
-                           final=final[-1] if final else None,
-                           curve=[row for row in rows if row["kind"] == "train"])
-            run["eval"] = [row for row in run["eval"] if row["cell"]]
+                of = lambda kind: [row for row in rows if row["kind"] == kind]
+                run = dict(config=run, eval=of("eval"), final=(of("final") or [None])[-1], curve=of("train"))
             name = path.parent.name if path.name == "config.json" else path.stem
             name = re.sub(r"-?seed\d+$", "", name) or name
             if run["final"]:
@@ -48,11 +45,12 @@ def read_runs(folder):
     return runs
 
 
-def interval(correct, n):
-    """The 95% interval of a share, in per cent (Wilson 1927)."""
+def interval(rows):
+    """The 95% interval of the share of right answers in eval rows, in per cent (Wilson 1927)."""
+    n = sum(row["n"] for row in rows)
     if not n:
         return "-"
-    z, share = 1.96, correct / n
+    z, share = 1.96, sum(row["n"] * row["accuracy"] for row in rows if row["n"]) / n
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return f"{100 * (middle - spread) / (1 + z * z / n):.1f}-{100 * (middle + spread) / (1 + z * z / n):.1f}"
 
@@ -64,32 +62,21 @@ def mean_of(rows):
     return f"{statistics.mean(values):.1f}{spread}" if values else "-"
 
 
-def pooled(rows):
-    return interval(sum(row["n"] * row["accuracy"] for row in rows if row["n"]),
-                    sum(row["n"] for row in rows))
-
-
 def cells_of(runs):
-    """
-    {(kind of run, what was asked): (its runs, {length: eval rows})}; what was asked is a cell without length
-    and n.
-    """
+    """{(kind of run, its cell without length and n, as JSON): (its runs, {length: eval rows})}"""
     found = {}
     for name, run in runs:
         for row in run["eval"]:
             asked = {k: v for k, v in row["cell"].items() if k not in ("length", "n")}
-            kind = found.setdefault((name, json.dumps(asked)), ([], {}))
-            if run not in kind[0]:
-                kind[0].append(run)
-            kind[1].setdefault(row["cell"]["length"], []).append(row)
+            mine, cells = found.setdefault((name, json.dumps(asked)), ([], {}))
+            if run not in mine:
+                mine.append(run)
+            cells.setdefault(row["cell"]["length"], []).append(row)
     return found
 
 
 def tables(runs):
-    """
-    The lines of one table for each task; runs of bAbI have a line for each part, and the 95% interval of all
-    seeds' questions.
-    """
+    """The lines of a table for each task; parts of bAbI have a line each, and one with the 95% interval."""
     out = []
     for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
         found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
@@ -109,7 +96,7 @@ def tables(runs):
                           f"  (not learned: stage {', '.join(stuck)})" if stuck else ""])
             if task.startswith(("qa", "babilong")):
                 lines.append(["  95% interval", "", "", "", "",
-                              *(pooled(cells.get(length, [])) for length in lengths), ""])
+                              *(interval(cells.get(length, [])) for length in lengths), ""])
         head = ["accuracy, %", "seeds", "parameters", "state", "minutes",
                 *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
         widths = [max(map(len, column)) for column in zip(head, *lines)]

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch                                                              # noqa: E402
 from tqdm import tqdm                                                     # noqa: E402
 
@@ -24,8 +23,8 @@ import train                                                              # noqa
 from armt import state_map, tensors                                       # noqa: E402
 from data import babi, fill, make_task, segments                          # noqa: E402
 from data.files import one_line_errors, read_text                         # noqa: E402
+from results.table import mean_of                                         # noqa: E402
 from sample import changed                                                # noqa: E402
-from table import mean_of                                                 # noqa: E402
 
 
 def size(state):
