@@ -276,20 +276,20 @@ def subjects(task, events):
     return list(dict.fromkeys(s for event in events if (s := subject(task, event)) is not None))
 
 
-def question(dice, task, events, window=WINDOW):
+def question(dice, task, events):
     """
     The question that the published stories would ask after these events, or None if they would go on: about
     the subject of one of the last facts, drawn among those facts whose subject can be asked about.
     """
-    recent = {about: asks(task, events, about) for about in subjects(task, events[-window:])}
-    named = [about for event in events[-window:] if recent.get(about := subject(task, event))]
+    recent = {about: asks(task, events, about) for about in subjects(task, events[-WINDOW:])}
+    named = [about for event in events[-WINDOW:] if recent.get(about := subject(task, event))]
     if not named:
         return None
     found = recent[dice.choice(named)]
     return dice.choices(found, [ask.weight for ask in found])[0]
 
 
-def simulate(dice, task, n_stories, window=WINDOW):
+def simulate(dice, task, n_stories):
     """Stories as published: two facts, a question if there is one, and so on to the fifth (qa4: first)."""
     stories = []
     for _ in range(n_stories):
@@ -300,7 +300,7 @@ def simulate(dice, task, n_stories, window=WINDOW):
                 events.append(event)
                 story.append(Line(event.text))
                 line_of.append(len(story))
-            if ask := question(dice, task, events, window):
+            if ask := question(dice, task, events):
                 story.append(Line(ask.question, ask.answer, tuple(line_of[i] for i in ask.support)))
                 questions -= 1
         stories.append(story)

@@ -17,10 +17,10 @@ MACHINE = ("out_dir", "device", "threads", "compile", "babi_dir")
 
 
 def thin(curve, points=60):
-    """At most so many rows of a curve, the last one of each stage among them, without what nobody draws."""
+    """At most so many rows of a curve, the last one of each stage among them."""
     keep = {round(i * (len(curve) - 1) / (points - 1)) for i in range(points)} | {
         i for i in range(len(curve)) if i + 1 == len(curve) or curve[i]["stage"] != curve[i + 1]["stage"]}
-    return [{k: v for k, v in row.items() if k != "kind"} for i, row in enumerate(curve) if i in keep]
+    return [row for i, row in enumerate(curve) if i in keep]
 
 
 def as_text(run):
