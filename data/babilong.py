@@ -248,8 +248,8 @@ class BABILong(InText):
     is (most facts, most words), a length is words. Training stories are simulated, and never published ones.
 
     Alignment can be a curriculum. If --align is below --segment_len, a sentence begins a segment of --align
-    tokens in training; in a stage with a third number text is cut anywhere instead, into segments of that
-    many tokens. Evaluation is cut anywhere.
+    tokens in training; in a stage with a third number, three of four batches are cut anywhere instead, into
+    segments of that many tokens. Evaluation is cut anywhere.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -335,7 +335,7 @@ class BABILong(InText):
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
         align, T = self.align, self.segment_len
         if 0 < self.sentence < T:
-            T, align = (cut, 0) if cut else (self.sentence, self.sentence)
+            T, align = (cut, 0) if cut and rng.random() < 0.75 else (self.sentence, self.sentence)
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
