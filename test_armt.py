@@ -611,8 +611,8 @@ def test_chunks_are_the_rows_side_by_side(size):
         cut = list(chunks(rows, size))
         assert np.array_equal(np.concatenate(cut, axis=1), fill(whole))
         assert all(chunk.shape[1] == size for chunk in cut[:-1]) and 0 < cut[-1].shape[1] <= size
-        by_six = np.concatenate(list(chunks(rows, 6 * size, 6)), axis=1)              # and blanks behind, too
-        assert np.array_equal(by_six.reshape(len(rows), -1, 6), segments(whole, 6))
+        by_six = np.concatenate(list(chunks(rows, 6 * size, 6)), axis=1)      # a segment begins with each row
+        assert np.array_equal(by_six, fill([segments([row], 6).ravel() for row in whole]))
     assert fill([[1, 2], [3], []]).tolist() == [[1, 2], [0, 3], [0, 0]]
     assert segments([[1, 2, 3], [4]], 2).tolist() == [[[1, 2], [3, 0]], [[0, 0], [4, 0]]]
 

@@ -84,11 +84,12 @@ def segments(rows, T):
 def chunks(rows, size, T=1):
     """
     Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side,
-    padded as by `segments`. Nothing longer than a chunk is ever copied.
+    each begun by a segment of T tokens, as when it is read alone. So there are blanks behind it, to whole
+    segments, and blank segments in front of it. Nothing longer than a chunk is ever copied.
     """
     lengths = [sum(map(len, row)) for row in rows]
-    behind = np.zeros(-max(lengths) % T, dtype=np.int64)
-    readers = [_blocks([np.zeros(max(lengths) - n, dtype=np.int64), *row, behind], size)
+    most, blanks = -(-max(lengths) // T) * T, lambda n: np.zeros(n, dtype=np.int64)
+    readers = [_blocks([blanks(most - n - -n % T), *row, blanks(-n % T)], size)
                for n, row in zip(lengths, rows)]
     return map(np.stack, zip(*readers))
 

@@ -292,7 +292,7 @@ class BABILong(InText):
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
         for stage in numbers("stages", config.stages, least=1):
-            if len(stage) == 3 and not 0 < config.align <= stage[2] <= config.segment_len:
+            if training and len(stage) == 3 and not 0 < config.align <= stage[2] <= config.segment_len:
                 raise ValueError(f"--stages: a segment of {stage[2]} tokens is shorter than --align, which "
                                  f"must not be 0, or longer than --segment_len")
         if training and config.batch_size < len(self.rows):
