@@ -100,14 +100,16 @@ def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
     looks = dict(babilong=dict(color="#d62728", marker="D", linestyle="-", label="here, four novels"),
-                 cut=dict(color="#8e44ad", marker="o", linestyle="-.", label="here, cut anywhere, one seed"),
+                 later=dict(color="#8e44ad", marker="o", linestyle="-.", label="here, cut anywhere: later"),
+                 mixed=dict(color="#777777", marker="^", linestyle=":", label="here, cut anywhere: mixed"),
                  one_book=dict(color="#ff8c00", marker=".", linestyle="--",
                                label="here, one book that repeats"))
     for axis, part in zip(axes, PAPER):
-        for folder, style in looks.items():
+        for kind, style in looks.items():
+            cut = kind in ("later", "mixed")                     # two recipes of the folder cut
             kept = [[row for row in run["eval"] if row["cell"]["part"] == part
-                     and (folder != "cut" or row["cell"]["segment_len"] == 64)]
-                    for _, run in read_runs(HERE / folder)]
+                     and (not cut or row["cell"]["segment_len"] == 64)]
+                    for name, run in read_runs(HERE / ("cut" if cut else kind)) if not cut or kind in name]
             line(axis, by_length([dict(eval=rows) for rows in kept]), **style)
         mean, spread = zip(*PAPER[part])
         axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#0066cc", marker="s",
