@@ -352,8 +352,10 @@ def train(c, model, task, device, optimizers, p):
     while not p["done"] and not stop:
         stage, last, began = p["stage"], p["stage"] + 1 == len(stages), time.time()
 
-        # learning rate: it rises in the first steps, and falls to zero in the last stage
-        rate = min(1.0, (p["step"] + 1) / (WARMUP + 1)) * (1 - p["stage_step"] / c.last_steps if last else 1)
+        # learning rate: it rises in the first steps and falls to zero in the last stage, which has a price
+        through = p["stage_step"] / c.last_steps if last else 0.0
+        rate = min(1.0, (p["step"] + 1) / (WARMUP + 1)) * (1 - through)
+        price = c.price * (through if c.half_price else last)
         for optimizer, peak in optimizers:
             optimizer.param_groups[0]["lr"] = peak * rate
             optimizer.zero_grad(set_to_none=True)
@@ -362,7 +364,6 @@ def train(c, model, task, device, optimizers, p):
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
-        price = c.price * (p["stage_step"] / c.last_steps if c.half_price else 1) if last else 0.0
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
             loss, written, row, correct = batch_loss(mine, price, c.half_price)
         (loss * share + written).backward()

@@ -83,14 +83,14 @@ def segments(rows, T):
 
 def chunks(rows, size, T=1):
     """
-    Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side,
-    each begun by a segment of T tokens, as when it is read alone. So there are blanks behind it, to whole
-    segments, and blank segments in front of it. Nothing longer than a chunk is ever copied.
+    Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side.
+    Each begins a segment of T tokens, as when it is read alone: it has blanks behind it, to whole segments,
+    and blank segments in front of it. Nothing longer than a chunk is ever copied.
     """
-    lengths = [sum(map(len, row)) for row in rows]
-    most, blanks = -(-max(lengths) // T) * T, lambda n: np.zeros(n, dtype=np.int64)
-    readers = [_blocks([blanks(most - n - -n % T), *row, blanks(-n % T)], size)
-               for n, row in zip(lengths, rows)]
+    blanks = lambda n: np.zeros(n, dtype=np.int64)
+    whole = [[*row, blanks(-sum(map(len, row)) % T)] for row in rows]
+    lengths = [sum(map(len, row)) for row in whole]
+    readers = [_blocks([blanks(max(lengths) - n), *row], size) for n, row in zip(lengths, whole)]
     return map(np.stack, zip(*readers))
 
 

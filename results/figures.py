@@ -99,18 +99,17 @@ def pairs():
 def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
-    looks = dict(babilong=dict(color="#d62728", marker="D", linestyle="-", label="here, four novels"),
-                 later=dict(color="#8e44ad", marker="o", linestyle="-.", label="here, cut anywhere: later"),
-                 mixed=dict(color="#777777", marker="^", linestyle=":", label="here, cut anywhere: mixed"),
-                 one_book=dict(color="#ff8c00", marker=".", linestyle="--",
-                               label="here, one book that repeats"))
+    looks = {("babilong", "babilong-armt", 8): ("#d62728", "D", "-", "here, four novels"),
+             ("cut", "babilong-armt-later", 64): ("#8e44ad", "o", "-.", "here, cut anywhere: later"),
+             ("cut", "babilong-armt-mixed", 64): ("#777777", "^", ":", "here, cut anywhere: mixed"),
+             ("one_book", "joint-armt", 8): ("#ff8c00", ".", "--", "here, one book that repeats")}
+    found = {folder: groups(HERE / folder) for folder, _, _ in looks}
     for axis, part in zip(axes, PAPER):
-        for kind, style in looks.items():
-            cut = kind in ("later", "mixed")                     # two recipes of the folder cut
-            kept = [[row for row in run["eval"] if row["cell"]["part"] == part
-                     and (not cut or row["cell"]["segment_len"] == 64)]
-                    for name, run in read_runs(HERE / ("cut" if cut else kind)) if not cut or kind in name]
-            line(axis, by_length([dict(eval=rows) for rows in kept]), **style)
+        for (folder, name, tokens), (color, marker, dashes, label) in looks.items():
+            kept = [dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part
+                               and row["cell"].get("segment_len", 8) == tokens])
+                    for run in found[folder][name]]
+            line(axis, by_length(kept), color=color, marker=marker, linestyle=dashes, label=label)
         mean, spread = zip(*PAPER[part])
         axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#0066cc", marker="s",
                       linestyle=":", capsize=3, label="paper, ARMT of 137M")
