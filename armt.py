@@ -1,5 +1,5 @@
 """
-A small GPT that reads text segment by segment, and seven ways to carry memory to the next segment, or none.
+A small GPT that reads text segment by segment, with seven choices of what to carry from one to the next.
 
     memory  carried from one segment to the next     who writes it               cost of a segment
     none    nothing                                  -                           T^2
@@ -25,12 +25,13 @@ Sources:  RMT   Bulatov, Kuratov, Burtsev 2022, arXiv 2207.06881
           ARMT  Rodkin, Kuratov, Bulatov, Burtsev 2024, arXiv 2407.04841
           FAM   Hwang, Wang, Huo, Sim, Moreno Mengibar 2024, arXiv 2404.09173
           LM2   Kang et al. 2025, arXiv 2502.06049
-          the backbone follows GPT-2, with the rotary positions of Su et al. 2021, arXiv 2104.09864
+          the backbone follows GPT-2, without biases, dropout and tied embeddings, with the rotary positions
+          of Su et al. 2021, arXiv 2104.09864
 
 A comment that starts with `differs:` marks a departure from a paper, with its reason. To read the code, begin
 at the end, with `GPT.forward`, and then pick a memory.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -63,7 +64,7 @@ EMBEDDING_STD = 0.5                # embeddings and memory tokens start at the s
 # ------------------------------------------------------------------------------------------------------------
 # The backbone: a pre-LN GPT block with rotary positions
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
 def rotary_angles(n, d, device, dtype):
     """[cos, cos] and [-sin, sin], (n, d) each, of p / 10000^(2i/d) for position p and feature pair i."""
     with torch.inference_mode(False):      # a table made for inference could not serve training later
@@ -75,9 +76,10 @@ def rotary_angles(n, d, device, dtype):
 
 def rotary(x, start=0):
     """
-    Rotate features i and i + d/2 together, by an angle that grows with the position (Su et al. 2021, eq. 34).
-    The product of a rotated query and a rotated key depends on their distance alone, so no learned table ties
-    a model to a length. x (B, H, T, d), whose first row stands at position `start` -> (B, H, T, d)
+    Rotate features i and i + d/2 together, by an angle that grows with the position (Su et al. 2021, eq. 34,
+    in another order of features). The product of a rotated query and a rotated key depends on their distance
+    alone, so no learned table ties a model to a length.
+    x (B, H, T, d), whose first row stands at position `start` -> (B, H, T, d)
     """
     cos, sin = rotary_angles(start + x.size(2), x.size(3), x.device, x.dtype)
     return torch.addcmul(x * cos[start:], x.roll(x.size(3) // 2, dims=-1), sin[start:])
@@ -206,7 +208,7 @@ class NoMemory(Layered):
 #   carried: k, v (B, H, P, d) of the P past tokens, per layer; P is 0 at first      cost: T (P + T)
 #   Positions count from the first token; only distances matter, so this equals one long segment.
 
-class FullBlock(Block):                              # its forward(x, past) is just what is needed here
+class FullBlock(Block):                              # it inherits forward(x, past)
     def init_state(self, batch_size):
         weight, H = self.attn.c_attn.weight, self.attn.n_head
         empty = weight.new_zeros(batch_size, H, 0, weight.size(1) // H)           # (B, H, 0, d)
@@ -260,19 +262,18 @@ class BSWA(Layered):
 #       [read; h; write] = Transformer([mem_s; x_s; mem_s])        mem_{s+1} = write
 #
 #   carried: mem (B, M, C), one set for all layers; the first is learned      cost: (T + 2M)^2
-#   ablate: two_way  memory tokens of a block see each other both ways, as in the authors' code of 2022;
-#                    without, only those before them, as in that of 2024
+#   Memory tokens of a copy see each other both ways, as in the authors' code of 2022.
+#   ablate: one_way  they see only those before them, as in the code of 2024
 #   The state leaves at the top of a segment and enters the next at the bottom. So, unlike with the memories
 #   that stay in their layer, segment s + 1 cannot start before segment s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
     """Blocks without a state of their own; the top layer's output is the next segment's memory."""
-    options, ablations = dict(n_mem=16), ("two_way",)
+    options, ablations = dict(n_mem=16), ("one_way",)
 
     def __init__(self, config):
         super().__init__(config)
-        self.two_way = "two_way" not in config.ablate.split("+")
         self.mem = nn.Parameter(torch.randn(config.n_mem, config.n_embd) * EMBEDDING_STD)    # (M, C)
 
     def init_state(self, batch_size):
@@ -283,7 +284,7 @@ class RMT(Layered):
         M = mem.size(1)
         x = torch.cat((mem, x, mem), dim=1)                                       # (B, M + T + M, C)
         mask = None
-        if self.two_way:
+        if "one_way" not in self.blocks[0].ablate:
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
             mask[:M, :M] = mask[-M:, -M:] = True
         for block in self.blocks:
@@ -300,7 +301,7 @@ class RMT(Layered):
 #   does not yet answer is added (the delta rule), so with beta = 1 a key keeps its last value. z adds up the
 #   keys, so that an answer q A / (q . z) is a weighted mean of values.
 #
-#       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y
+#       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y         (1e-5 is added to . z and |k|^2)
 #       write   k = phi(u W_K)      v = u W_V      beta = sigmoid(u w_beta)
 #               vbar = k A / (k . z)                   what A answers for k so far
 #               gamma = 1 - (k . z) / |k|^2            how much of k is new to z
@@ -315,7 +316,8 @@ class RMT(Layered):
 #           unimportant segments each add a little to A and bury older content
 #   ablate  no_delta: A adds up every value; no_gamma: z adds up every key; gated_z:
 #           z <- z + beta gamma k, so that a gate that is shut leaves both A and z unchanged
-#   The memory tokens stand last and attention is causal: no text sees them, A is the only way through.
+#   The memory tokens stand last and attention is causal: no text sees them, so A is the only way from the
+#   past.
 
 class ARMTBlock(Block):
     """A block with an associative matrix: it reads before attention and writes after the MLP."""
@@ -327,8 +329,8 @@ class ARMTBlock(Block):
         self.n_mem, self.nu, self.rule, self.D = config.n_mem, config.nu, config.rule, 2 * config.nu * d_mem
         self.gate = F.hardsigmoid if config.gate == "hardsigmoid" else torch.sigmoid
         self.W_Q, self.W_K = nn.Linear(C, d_mem, bias=False), nn.Linear(C, d_mem, bias=False)
-        # differs: the authors start W_V at 0. Drawn like the rest it learns sooner; but with several memory
-        # tokens gradients of the published rule then grow with the segments (60 after 5, 6e3-8e4 after 50).
+        # differs: the authors start W_V at 0. Drawn like the rest it learns sooner; but the gradient of the
+        # published rule with several memory tokens then grows with the segments (after 50: 6e3 to 8e4).
         self.W_V, self.w_beta = nn.Linear(C, C, bias=False), nn.Linear(C, 1)
 
     def init_state(self, batch_size):
@@ -342,9 +344,8 @@ class ARMTBlock(Block):
         f = torch.cat([r * r.roll(j, dims=-1) for j in range(1, self.nu + 1)], dim=-1)
         return F.normalize(f, dim=-1, eps=self.eps) if self.rule == "delta" else f
 
-    def read(self, x, A, z=None):
-        """What A answers for tokens x (B, R, C): (B, R, C)"""
-        q = self.phi(self.W_Q(x))                                                 # (B, R, D)
+    def lookup(self, q, A, z=None):
+        """What A answers for queries or keys q (B, R, D): (B, R, C)"""
         return q @ A if z is None else q @ A / (q @ z.unsqueeze(-1) + self.eps)
 
     def write(self, u, A, z=None):
@@ -354,9 +355,8 @@ class ARMTBlock(Block):
         """
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
-        overlap = None if z is None else k @ z.unsqueeze(-1) + self.eps           # (B, M, 1)
         if "no_delta" not in self.ablate:
-            v = v - (k @ A if z is None else k @ A / overlap)                     # v - vbar
+            v = v - self.lookup(k, A, z)                                          # v - vbar
         add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
         if z is None:
@@ -364,8 +364,8 @@ class ARMTBlock(Block):
         # differs: the paper's gamma has no clip. Tokens of a segment that share a key all add it to z, and
         # without the clip the next segment overcorrects (four: 4k, -8k, 28k, ...). The authors' code clips
         # it, too, and stops its gradient. In the first segment, where z is 0, gamma is 1.
-        gamma = (1 - overlap / (k.square().sum(-1, keepdim=True) + self.eps)).clamp(0, 1).detach()
-        gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)                 # (B, M, 1)
+        known = (k @ z.unsqueeze(-1) + self.eps) / (k.square().sum(-1, keepdim=True) + self.eps)
+        gamma = (1 - known).clamp(0, 1).detach().where((z != 0).any(-1)[:, None, None], 1.0)     # (B, M, 1)
         if "no_gamma" in self.ablate:
             gamma = torch.ones_like(gamma)
         return A, z + ((beta * gamma if "gated_z" in self.ablate else gamma) * k).sum(1)
@@ -373,7 +373,8 @@ class ARMTBlock(Block):
     def forward(self, x, state):
         """Tokens and memory tokens x (B, T + M, C), state (A, z) or (A,) -> x, state"""
         with torch.autocast(x.device.type, enabled=False):       # A and z add up many terms: float32
-            x = x + self.read(x, *state).to(x.dtype)  # memory tokens read, too; no LayerNorm, as published
+            y = self.lookup(self.phi(self.W_Q(x)), *state)       # memory tokens read, too
+            x = x + y.to(x.dtype)                                # no LayerNorm, as published
         x, _ = super().forward(x)                                                 # (B, T + M, C)
         with torch.autocast(x.device.type, enabled=False):
             return x, self.write(x[:, -self.n_mem:], *state)
@@ -411,8 +412,8 @@ class ARMT(Layered):
 #   ablate  no_copy        rows have no residual around attention
 #           sum_fam        rows query with a learned vector each, and have no residual around attention
 #           stop_gradient  as in bswa: of the cache
-#   F_0 of a layer is the learned prompt, run alone through the layers below: had the rows seen the first
-#   segment there, tokens would see their own future. Rows stand at the last M positions before the segment,
+#   F_0 of a layer is the learned prompt after the layers below, without the segment: otherwise tokens would
+#   see their own future. Rows stand at the last M positions before the segment,
 #   as queries and as keys (the paper leaves open where the queries stand).
 #   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
 #   position offset is left out: rotary scores do not depend on it.
@@ -424,11 +425,6 @@ class FAMBlock(BSWABlock):
         super().__init__(config)
         if "sum_fam" in self.ablate:
             self.query = nn.Parameter(torch.randn(config.n_mem, config.n_embd) * EMBEDDING_STD)
-
-    def prompt_above(self, prompt):
-        """The prompt one layer up: its rows (1, M, C) see each other and nothing else."""
-        everything = torch.ones(prompt.size(1), prompt.size(1), dtype=torch.bool, device=prompt.device)
-        return Block.forward(self, prompt, mask=everything)[0]
 
     def forward(self, x, state):
         """Tokens x (B, T, C), state (F, written, k, v) -> x, state: one pass for rows and tokens"""
@@ -463,10 +459,11 @@ class FAM(Layered):
 
     def init_state(self, batch_size):
         state, prompt = [], self.mem[None]                                        # (1, M, C)
+        everything = torch.ones(len(self.mem), len(self.mem), dtype=torch.bool, device=prompt.device)
         for block in self.blocks:
             fam = prompt.expand(batch_size, -1, -1)
             state.append((fam, fam.new_zeros(batch_size, 1, 1), *block.init_state(batch_size)))
-            prompt = block.prompt_above(prompt)
+            prompt, _ = Block.forward(block, prompt, mask=everything)    # one layer up: rows see each other
         return tuple(state)
 
 
@@ -487,10 +484,10 @@ class FAM(Layered):
 #   ablate  no_output_gate, no_input_gate, no_forget_gate: the gate is 1
 #   differs: the paper writes E, so row t of the bank belongs to token t, and one bank goes through all
 #   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
-#   differs: the paper's output gate multiplies the bank, and its input gate sees tokens. Here it multiplies
-#   E, and the other two see U and the bank, as in the published code, which has no output gate.
-#   differs: gradient crosses segments, and tokens read what the segment before has written. In the published
-#   code its gates show a token its future (test_lm2_cannot_predict_random_tokens... has another such leak).
+#   differs: the paper queries with the layer's input. Its output gate multiplies the bank, and its input gate
+#   sees tokens. Here a queries (as in the published code), that gate multiplies E, the others see U and bank.
+#   differs: gradient crosses segments, and tokens read what the segment before has written. The gates of the
+#   published code show a token its future (test_lm2_cannot_predict_random_tokens... builds such a leak).
 
 class CrossAttention(nn.Module):
     """Rows of x query rows of m, all of them, without positions and without an output projection."""
@@ -562,11 +559,12 @@ class LM2(Layered):
 # tensors and forward(x, state) -> (h, state): one segment through all layers, final LayerNorm included.
 MEMORIES = dict(none=NoMemory, full=FullAttention, bswa=BSWA, rmt=RMT, armt=ARMT, fam=FAM, lm2=LM2)
 CHOICES = dict(rule=("published", "delta"), gate=("sigmoid", "hardsigmoid"))
-OPTIONAL = ("n_mem", "d_mem", "nu", "rule", "gate", "window", "mem_layers")     # only some memories have them
+SIZES = [f.name for f in fields(GPTConfig) if f.type in (int, int | None)]
+OPTIONAL = [f.name for f in fields(GPTConfig) if f.default is None]             # only some memories have them
 
 
 def state_map(f, *states):
-    """Apply f to each tensor of a state (nested tuples of tensors), or to those of several states in turn."""
+    """f of each tensor of a state (nested tuples of tensors), or of the same tensors of several states."""
     if torch.is_tensor(states[0]):
         return f(*states)
     return tuple(state_map(f, *parts) for parts in zip(*states))
@@ -599,19 +597,18 @@ def checked(config):
     for name, known in CHOICES.items():
         if getattr(config, name) not in (None, *known):
             raise ValueError(f"{name}: there is no '{getattr(config, name)}'; choose {' or '.join(known)}")
-    for name in ("vocab_size", "segment_len", "n_layer", "n_head", "n_embd", "n_mem", "d_mem", "nu", "window",
-                 "mem_layers"):
+    for name, value in vars(config).items():
         least = 0 if name in ("window", "mem_layers") or (name, config.memory) == ("n_mem", "fam") else 1
-        if not least <= (least if getattr(config, name) is None else getattr(config, name)) <= 65536:
-            raise ValueError(f"{name}: {getattr(config, name)} is not between {least} and 65,536")
+        if name in SIZES and value is not None and not least <= value <= 65536:
+            raise ValueError(f"{name}: {value} is not between {least} and 65,536")
     if config.memory == "lm2" and config.n_mem > config.n_embd:
         raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even width")
+    words = ["nothing", *(w for w in words if config.rule != "delta" or w not in ("no_gamma", "gated_z"))]
     for word in config.ablate.split("+"):
-        if word not in ("nothing", *words) or word in ("no_gamma", "gated_z") and config.rule == "delta":
-            raise ValueError(f"ablate: memory '{config.memory}' has no '{word}'; it has "
-                             f"{', '.join(['nothing', *words])} (no_gamma and gated_z with rule published)")
+        if word not in words:
+            raise ValueError(f"ablate: this memory has no '{word}'; it has {', '.join(words)}")
     return config
 
 
@@ -668,7 +665,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx {tuple(idx.shape)} needs at least one token, and targets of its own shape")
         state = self.init_state(len(idx)) if state is None else state
         if not torch.is_grad_enabled():
-            state = state_map(torch.clone, state)     # memories may write into it, where no gradient needs it
+            state = state_map(torch.clone, state)     # armt writes into it, where no gradient needs it
         hidden = []
         for segment in idx.split(self.config.segment_len, dim=1):      # time: one segment after another
             h, state = self.memory(self.wte(segment), state)                      # (B, T, C)

@@ -34,9 +34,10 @@ from tqdm import tqdm
 from armt import state_floats, state_map, tensors
 from data import numbers
 from data.files import one_line_errors, write_atomically
-from train import Parser, answer, load, make_task, pick_device
+from train import Parser, answer, change, load, make_task, pick_device
 
-MOST_QUIET = 100_000                # segments known not to write; with more, the list begins anew
+MOST_QUIET = 100_000                # segments known not to write; the set is emptied when it is larger
+AHEAD = 64                          # segments read side by side, at most
 PRETRAINED = Path(__file__).parent / "data" / "pretrained"
 HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
 ask      a sentence with a question mark: Where is Mary?
@@ -46,7 +47,7 @@ quit     or Ctrl-D"""
 
 
 @torch.no_grad()
-def read_fast(model, segments, state, quiet, most=64):
+def read_fast(model, segments, state, quiet):
     """
     Read whole segments (S, T) from a state of one row -> (state, {index of a segment that wrote: change of
     memory}).
@@ -71,12 +72,12 @@ def read_fast(model, segments, state, quiet, most=64):
         if len(quiet) > MOST_QUIET:
             quiet.clear()
         quiet.update(here + name for name in [*new][:first])
-        i, ahead = end, min(2 * ahead, most)
+        i, ahead = end, min(2 * ahead, AHEAD)
         if first < len(new):
             i, ahead = [*new.values()][first] + 1, 1
             if len(new) > 1:                                     # beside others its last bits may differ
                 _, _, after = model(segments[i - 1:i], state=state)
-            wrote[i - 1] = moved(state, after)
+            wrote[i - 1] = float(change(state, after)) or 1.0             # 1: a cache that has grown
             state = after
             here = fingerprint(state).encode()
     return state, wrote
@@ -90,12 +91,6 @@ def changed(before, after, rows):
     return loud.tolist()
 
 
-def moved(before, after):
-    """The length of the difference of two states; 1 for a cache, which has grown."""
-    pairs = zip(tensors(before), tensors(after))
-    return sum(float((b - a).square().sum()) for a, b in pairs if a.shape == b.shape) ** 0.5 or 1.0
-
-
 def fingerprint(values):
     numbers = b"".join(t.detach().cpu().float().numpy().tobytes() for t in tensors(values))
     return hashlib.sha256(numbers).hexdigest()
@@ -107,18 +102,14 @@ class Reader:
     def __init__(self, config, model, task, device):
         self.model, self.task, self.words, self.device = model.eval(), task, task.words, device
         self.align, self.T = task.align, config.segment_len
-        self.fingerprint = fingerprint(tuple(model.parameters()))
         self.forget()
 
     def forget(self):
         """Begin again with an empty memory."""
         self.state, self.tail, self.quiet = self.model.init_state(1), [], set()
-        self.words_read, self.changes = 0, array("f")      # how much each segment changed the memory
+        self.words_read, self.n_wrote = 0, 0               # and how many segments changed the memory
+        self.changes = array("f")                          # how much each segment changed it
         self.most = []                                     # the five largest changes: (change, which, ids)
-
-    def n_wrote(self):
-        """How many of the segments read so far changed the memory."""
-        return int(np.count_nonzero(self.changes))
 
     def warn(self, text):
         """Say which words of the text the task does not know."""
@@ -131,11 +122,11 @@ class Reader:
         ids = self.words.pad(self.words.encode(text), self.align, len(self.tail))
         self.words_read += self.words.count(ids)
         ids = self.tail + ids
-        whole = max(len(ids) - 1, 0) // self.T * self.T                  # the last segment may still continue
+        whole = len(ids) // self.T * self.T                              # the last segment may still continue
         segments = torch.tensor(ids[:whole], dtype=torch.long, device=self.device).view(-1, self.T)
         self.state, wrote = read_fast(self.model, segments, self.state, self.quiet)
         found = [(size, len(self.changes) + i, segments[i].tolist()) for i, size in wrote.items()]
-        self.most = sorted(self.most + found)[-5:]
+        self.most, self.n_wrote = sorted(self.most + found)[-5:], self.n_wrote + len(wrote)
         self.changes.extend(wrote.get(i, 0.0) for i in range(len(segments)))
         self.tail = ids[whole:]
 
@@ -167,32 +158,31 @@ class Reader:
         idx, state = torch.tensor([self.task.ask(question)], device=self.device), self.state
         if not idx.any():
             raise ValueError("--ask: the question has no words")
-        if self.tail:                                                  # a segment with blanks behind, for now
+        if self.tail:                            # its segment is filled with blanks, for this question only
             tail = self.tail + [0] * (self.T - len(self.tail))
             _, _, state = self.model(torch.tensor([tail], device=self.device), state=state)
         return self.model(idx, state=state)[0][0, -1].softmax(-1)
 
+    def seal(self, memory):
+        """What no other memory has, and no other model."""
+        return fingerprint((memory, tuple(self.model.parameters())))
+
     def save(self, file):
-        """Write the memory and the tail that waits, with the fingerprint of the model that made them."""
-        memory = dict(fingerprint=self.fingerprint, state=self.state, tail=self.tail,
-                      words_read=self.words_read)
-        write_atomically(file, lambda path: torch.save(memory, path))
+        """Write the memory, and what of the text waits for its segment to be whole."""
+        memory = self.state, torch.tensor(self.tail, dtype=torch.long), torch.tensor(self.words_read)
+        saved = dict(memory=memory, seal=self.seal(memory))
+        write_atomically(file, lambda path: torch.save(saved, path))
 
     def load(self, file):
         """Continue from a memory that `save` wrote. ValueError if it is none, or another model's."""
         try:
-            assert Path(file).is_file()
-            memory = torch.load(file, map_location=self.device, weights_only=True)
-            state, tail, words_read = (memory[name] for name in ("state", "tail", "words_read"))
-            for t, own in zip(tensors(state), tensors(self.state), strict=True):     # 0 rows: a cache grows
-                assert t.dtype == own.dtype and t.ndim == own.ndim
-                assert all(m in (0, n) for n, m in zip(t.shape, own.shape))
-            assert memory["fingerprint"] == self.fingerprint and isinstance(tail, list)
-            assert all(t.isfinite().all() for t in tensors(state)) and 0 <= words_read < 1e15
-            assert all(type(i) is int and 0 <= i < self.task.vocab_size for i in tail) and len(tail) <= self.T
+            saved = torch.load(file, map_location=self.device, weights_only=True)
+            if saved["seal"] != self.seal(saved["memory"]):
+                raise ValueError
+            self.state, tail, words_read = saved["memory"]
         except Exception:                                            # a broken file can raise nearly anything
             raise ValueError(f"--load_state: {file} is missing, damaged, or of another model") from None
-        self.state, self.tail, self.words_read = state, tail, words_read
+        self.tail, self.words_read = tail.tolist(), words_read.item()
 
 
 def show_written(reader, file, width=72):
@@ -203,8 +193,8 @@ def show_written(reader, file, width=72):
         written(changes, file)
     cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
-    print(f"{len(reader.changes):,} segments from left to right; {reader.n_wrote():,} wrote, and changed the "
-          f"memory by at most {top:.3g} (the height). Those that wrote most (~ is a word not of bAbI):")
+    print(f"{len(reader.changes):,} segments from left to right; {reader.n_wrote:,} wrote, and changed the "
+          f"memory by at most {top:.3g}. Those that wrote most (~ is a word outside bAbI):")
     for size, i, ids in sorted(reader.most, key=lambda found: found[1]):
         print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
 
@@ -217,7 +207,7 @@ def reply(reader, question, as_json):
     if as_json:
         print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
                               alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
-                              segments_wrote=reader.n_wrote(), state_floats=state_floats(reader.state))))
+                              segments_wrote=reader.n_wrote, state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
         print(f"{question}  {names[0]}  ({shares[0]:.1%}; {others})")
@@ -299,9 +289,11 @@ def main(argv=None):
             return show_samples(config, model, task, device, args.samples or 5)
         if args.samples:
             raise ValueError(f"--samples: {config.task} is told and asked; see --facts, --read and --ask")
-        if args.save_state:
+        if args.save_state:                                                # tried before a book is read
             try:
-                write_atomically(f"{args.save_state}.try", lambda path: path.touch())    # before reading
+                if Path(args.save_state).is_dir():
+                    raise IsADirectoryError(0, "it is a folder")
+                write_atomically(f"{args.save_state}.try", lambda path: path.touch())
                 Path(f"{args.save_state}.try").unlink()
             except OSError as e:
                 raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror}") from None

@@ -82,6 +82,8 @@ EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may chang
 LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
+ONLY = dict(key_size="recall", questions="recall", align="qa", decoys="qa", background="qa, passkey",
+            eval_text="qa", babi_dir="qa")      # the kinds of task that a flag is for
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
@@ -121,7 +123,7 @@ def parse(argv):
             group.add_argument(f"--{f.name}", metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
                                nargs="+" if f.type is list else None,
                                type=kind if f.name in LISTS else comma_list(kind),
-                               help=NOTES[f.name].replace("%", "%%") + default)
+                               help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
     return like, eval_only, {k: [value] if k in LISTS else value for k, value in given.items()}
@@ -129,9 +131,11 @@ def parse(argv):
 
 def grid(like, given):
     """All runs that the flags ask for, checked: a list of Config, each with its own folder as out_dir."""
-    base, configs, why = asdict(read_config(like)) if like else {}, [], ""
+    base, configs, refused = asdict(read_config(like)) if like else {}, [], []
     base = {name: value for name, value in base.items() if name not in ("out_dir", "vocab")}
     varied = [name for name, values in given.items() if len(values) > 1]
+    if "out_dir" in varied:
+        raise ValueError("--out_dir: name one folder; the runs of a grid have folders of their own in it")
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
         c = Config(**{**find(chosen.get("task", base.get("task", Config.task)))[1], **base, **chosen})
@@ -142,19 +146,17 @@ def grid(like, given):
         try:
             configs.append(check(c, chosen))
         except ValueError as e:                                  # some combinations of a grid cannot be
-            if not varied:
-                raise
-            why = str(e)
-            print(f"skipped: {why}")
+            refused.append(e)
             continue
-        name = [Path(like).stem.rsplit("-seed")[0]] if like else [c.task, c.memory]
+        name = [Path(like).name.removesuffix(".json").rsplit("-seed")[0]] if like else [c.task, c.memory]
         shown = {"ablate", *varied} - ({"seed"} if like else {"seed", "task", "memory"})
         name += [str(value) if flag == "ablate" else f"{flag}{value}" for flag, value in chosen.items()
                  if flag in shown]
         if varied or not c.out_dir:
             configs[-1].out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
     if not configs:
-        raise ValueError(why)
+        raise refused[-1]
+    print("".join(f"skipped: {e}\n" for e in refused), end="")
     return configs
 
 
@@ -167,7 +169,8 @@ def to_evaluate(given):
         c = replace(saved, **{"out_dir": "out", **chosen})
         if wrong := chosen.keys() - set(EVAL):
             raise ValueError(f"--{min(wrong)}: a model is evaluated as it was trained; leave it out")
-        if not set(make_task(c).rows) <= set(make_task(saved).rows):
+        task, trained = make_task(c), make_task(saved)
+        if task.kind != trained.kind or not set(task.rows) <= set(trained.rows):
             raise ValueError(f"--task: the model in {c.out_dir} was trained on {saved.task}")
         configs.append(check(c, chosen, training=False))
     return configs
@@ -185,9 +188,8 @@ def check(c, chosen, training=True):
             raise ValueError(f"--{name}: {getattr(c, name)} is not between {low} and {high:,}")
     task = make_task(c)
     for name in chosen:
-        kinds = re.match("((recall|passkey|qa)(, )?)+(?=:)", NOTES[name])    # as in "qa, passkey: UTF-8 ..."
-        if kinds and task.kind not in kinds[0].split(", "):
-            raise ValueError(f"--{name}: is for {kinds[0]}, not for {c.task}")
+        if task.kind not in ONLY.get(name, task.kind).split(", "):
+            raise ValueError(f"--{name}: is for {ONLY[name]}, not for {c.task}")
     if c.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype: there is no '{c.dtype}'; choose float32 or bfloat16")
     if c.compile and (c.memory in ("full", "bswa") or c.window):
@@ -216,7 +218,7 @@ def pick_device(name):
 # --- The folder of a run ------------------------------------------------------------------------------------
 
 def read_config(path):
-    """The Config in a run's folder or results file. What is gone since is dropped."""
+    """The Config in a run's folder or results file. Fields that no longer exist are ignored."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
     try:
         saved = json.loads(read_text(file))
@@ -235,7 +237,7 @@ def read_config(path):
 
 def load(folder, device="cpu"):
     """A run's folder -> (config, model, checkpoint). ValueError, one line, if it is not a whole run."""
-    config = checked(read_config(folder))
+    config = read_config(folder)
     try:
         checkpoint = torch.load(Path(folder, "ckpt.pt"), map_location=device, weights_only=True)
         model = GPT(config).to(device)
@@ -245,7 +247,7 @@ def load(folder, device="cpu"):
     except Exception as e:                               # torch.load can raise almost anything
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
         raise ValueError(f"{folder} does not hold a whole run of this program ({why})") from None
-    return config, model, checkpoint
+    return model.config, model, checkpoint
 
 
 def save(folder, config, **checkpoint):
@@ -258,7 +260,7 @@ def save(folder, config, **checkpoint):
 
 def save_run(c, model, optimizers, progress):
     """A checkpoint that training can continue from."""
-    save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers],
+    save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
          progress=progress)
 
 
@@ -327,13 +329,12 @@ def compiled(model, c):
 
 
 def make_optimizers(model, c):
-    """[(optimizer, peak learning rate)]: Muon for matrices between embedding and head, AdamW for the rest."""
+    """AdamW, and Muon for the matrices between embedding and head if it has a learning rate."""
     matrices = [p for p in model.memory.parameters() if p.ndim == 2 and min(p.shape) > 1 and c.muon_lr]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    found = [(torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY), c.lr)]
-    if matrices:
-        found.append((torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=WEIGHT_DECAY), c.muon_lr))
-    return found
+    adamw = torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    muon = [torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=WEIGHT_DECAY)] if matrices else []
+    return [adamw, *muon]
 
 
 def train(c, model, task, device, optimizers, p):
@@ -356,8 +357,8 @@ def train(c, model, task, device, optimizers, p):
         through = p["stage_step"] / c.last_steps if last else 0.0
         rate = min(1.0, (p["step"] + 1) / (WARMUP + 1)) * (1 - through)
         price = c.price * (through if c.half_price else last)
-        for optimizer, peak in optimizers:
-            optimizer.param_groups[0]["lr"] = peak * rate
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.zero_grad(set_to_none=True)
 
         # a batch, of which each process takes its rows; loss and gradient
@@ -372,7 +373,7 @@ def train(c, model, task, device, optimizers, p):
         if failed == 20:
             raise ValueError(f"the loss is not finite since step {p['step'] - 19}, in stage {names[stage]}: "
                              f"try a smaller --lr or --muon_lr")
-        for optimizer, _ in optimizers if not failed else ():
+        for optimizer in optimizers if not failed else ():
             optimizer.step()
 
         # what all processes found; accuracy of each part of the task
@@ -389,7 +390,7 @@ def train(c, model, task, device, optimizers, p):
         p["seconds"] += time.time() - began
         for part, right in shares.items():
             p["sums"][part] = 0.95 * p["sums"].get(part, 0.0) + 0.05 * right
-        running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # as if it had begun long ago
+        running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # bias-corrected, as in Adam
         p["learned"] = running >= c.learned and p["stage_step"] >= LEAST_STEPS
         if p["learned"] and not last:
             p.update(stage=stage + 1, stage_step=0, sums={})
@@ -432,7 +433,7 @@ def answer(model, questions, device, bar):
 
 
 def evaluate(c, model, task, device, answer=answer):
-    """A row of metrics.jsonl for each part of the task and length. Rows that are there are not made again."""
+    """A row of metrics.jsonl for each part of the task and length, if it is not there yet."""
     model.config.segment_len = c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # without half a last row
     done = [row["cell"] for row in rows if row["kind"] == "eval"]
@@ -476,7 +477,7 @@ def one_run(c):
                 raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not "
                                  f"{getattr(c, name)}; choose another --out_dir")
         model.load_state_dict(checkpoint["model"])
-        for (optimizer, _), state in zip(optimizers, checkpoint["optimizers"]):
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         progress = checkpoint["progress"]
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
@@ -514,7 +515,8 @@ def main(argv=None):
     like, eval_only, given = parse(argv)
     with one_line_errors("train.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)      # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
-        configs, usual = to_evaluate(given) if eval_only else grid(like, given), torch.get_num_threads()
+        configs, failed = to_evaluate(given) if eval_only else grid(like, given), 0
+        usual = torch.get_num_threads()
         if WORLD > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
@@ -529,12 +531,15 @@ def main(argv=None):
                     elif not one_run(c):
                         sys.exit(130)
             except ValueError as e:
-                if c is configs[-1]:
+                if len(configs) == 1:
                     raise
                 print(f"{c.out_dir}: {e}")      # the other runs of a grid do not need this one
+                failed += 1
         if WORLD > 1:
             distributed.destroy_process_group()
-        if argv is None:                        # another program that calls this knows better what is next
+        if failed:
+            raise ValueError(f"{failed} of {len(configs)} runs failed")
+        if argv is None:                        # a program that calls main prints its own next step
             print(f"next: python results/table.py {Path(configs[0].out_dir).parent}" if len(configs) > 1 else
                   f"next: python sample.py --out_dir {configs[0].out_dir}")
 

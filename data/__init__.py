@@ -84,8 +84,8 @@ def segments(rows, T):
 def chunks(rows, size, T=1):
     """
     Rows of pieces (lists of arrays) -> arrays (len(rows), size), the last one shorter: all rows side by side.
-    Each begins a segment of T tokens, as when it is read alone: it has blanks behind it, to whole segments,
-    and blank segments in front of it. Nothing longer than a chunk is ever copied.
+    They end together: each is filled with blanks to whole segments of T tokens, and blank segments, which are
+    read, too, stand before shorter rows. Nothing longer than a chunk is ever copied.
     """
     blanks = lambda n: np.zeros(n, dtype=np.int64)
     whole = [[*row, blanks(-sum(map(len, row)) % T)] for row in rows]

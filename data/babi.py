@@ -50,15 +50,10 @@ def read_stories(path):
     an earlier fact, text that is not UTF-8, a file without questions.
     """
     stories = []
-    try:
-        lines = (Path(path).read_bytes().decode("utf-8-sig")
-                 .replace("\r\n", "\n").removesuffix("\n").split("\n"))
-    except UnicodeDecodeError as e:
-        n = e.object[:e.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {n}: not UTF-8 text; is this a bAbI file?") from None
-    for n, line in enumerate(lines, start=1):
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")      # "\ufffd" for what is not UTF-8
+    for n, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         fact, question = FACT.fullmatch(line), QUESTION.fullmatch(line)
-        if not fact and not question:
+        if "\ufffd" in line or not fact and not question:
             raise ValueError(f"{path}, line {n}: expected 'NUMBER fact' or 'NUMBER question?<TAB>answer<TAB>"
                              f"supporting line numbers', found {line[:60]!r}")
         number, text, *rest = (fact or question).groups()
@@ -79,13 +74,8 @@ def read_stories(path):
 
 def story_samples(story):
     """One Sample per question: it sees all earlier facts of its story and none of the earlier questions."""
-    out, facts = [], []
-    for line in story:
-        if line.answer is None:
-            facts.append(line.text)
-        else:
-            out.append(Sample(list(facts), line.text.strip(), line.answer))
-    return out
+    return [Sample([fact.text for fact in story[:i] if fact.answer is None], line.text.strip(), line.answer)
+            for i, line in enumerate(story) if line.answer is not None]
 
 
 def spread(stories):
@@ -310,7 +300,7 @@ def simulate(dice, task, n_stories):
 # --- All that a text answers --------------------------------------------------------------------------------
 
 class Spot:
-    """Where somebody or something is: a place, or one not named so far. Two spots may turn out to be one."""
+    """Where somebody or something is: a place, or one not named so far. Two may prove to be the same."""
 
     def __init__(self, place=UNKNOWN):
         self.place, self.same = place, None
@@ -356,7 +346,7 @@ def everything(events):
         asked["qa1"][f"Where is {who}? "] = at[who].root().place
     for thing, places in been.items():
         asked["qa2"][f"Where is the {thing}? "] = places[-1] if places else UNKNOWN
-        for place in PLACES:                                   # before it was there the last time
+        for place in PLACES:                                   # the place before its last stay there
             last = max((i for i, here in enumerate(places) if here == place), default=0)
             before = places[last - 1] if last else UNKNOWN
             asked["qa3"][f"Where was the {thing} before the {place}? "] = before

@@ -35,7 +35,7 @@ TASKS = dict(
     qa4=dict(BASE, n_mem=4, stages="2/0,2/128,2/256"),
     qa5=dict(BASE, stages="4/0,10/0,20/0,20/128,20/256"),
     babilong=dict(BASE, learned=0.93, stages="2/0,4/0,6/0,10/0,20/0,40/128,40/256", last_steps=2000))
-ALL = ["qa1", "qa2", "qa3", "qa3", "qa3", "qa4", "qa4", "qa5"]   # rows for what is slow to learn
+ALL = ["qa1", "qa2", "qa3", "qa3", "qa3", "qa4", "qa4", "qa5"]   # tasks that are slow to learn have more rows
 
 
 class Words:
@@ -213,6 +213,7 @@ def compose(rng, facts, length, background):
 
 class InText:
     """What tasks share that hide something in background text."""
+    least = 0                                            # the shortest length to evaluate
 
     def __init__(self, config, vocab):
         self.words = Words(config.vocab or vocab)
@@ -234,7 +235,7 @@ class InText:
         return list
 
     def check(self, config, training=True):
-        asked = self.eval_files * (max(eval_points(config, 0))[0] > 0)
+        asked = self.eval_files * (max(eval_points(config, self.least))[0] > 0)
         for file in {*self.files * training, *asked} - {PROSE}:
             read_text(file)
 
@@ -306,10 +307,9 @@ class BABILong(InText):
 
     def story(self, dice, part, n_facts):
         """
-        What a row is told, as texts, and up to eight questions with their answers: four of the
-        published form; three others that the text answers, each of another kind; and one whose answer is
-        "unknown". (With a larger share of the others, the model takes long to tell north of from south of;
-        with a smaller one it places a thing with its last holder.)
+        What a row is told, as texts, and up to eight questions with their answers: four of the published
+        form; three of other kinds that the text answers; and one whose answer is "unknown". (With more of
+        other kinds the model takes long to learn qa4; with fewer it places a thing with its last holder.)
         """
         least = dict(qa2=2, qa3=3, qa5=2).get(part, 1)     # with fewer facts nothing of its kind can be asked
         while True:
@@ -356,6 +356,8 @@ class BABILong(InText):
         files = [file for file in self.eval_files if str(file).endswith((".json", ".jsonl"))]
         if files and len(set(self.rows)) > 1:
             raise ValueError("--task: name the one task that the released samples are of, as in --task qa1")
+        if files and len({Path(file).name for file in files}) < len(self.eval_files):
+            raise ValueError("--eval_text: released samples need different names, and no text beside them")
         points = [(Path(file).name, 10 ** 6) for file in files] or eval_points(config, 0)
         return [dict(part=part, length=length, n=n, **self.where)
                 for part in dict.fromkeys(self.rows) for length, n in points]

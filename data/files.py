@@ -53,7 +53,7 @@ def read_rows(folder):
 
 
 def write_rows(folder, rows):
-    """metrics.jsonl anew, without the half of a last row."""
+    """Rewrite metrics.jsonl with these rows only."""
     path, text = Path(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and not int(os.environ.get("RANK", 0)):
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -31,7 +31,7 @@ def filler(rng, n_tokens, text):
 
 class PassKey(InText):
     """The task (see data/__init__.py). A stage is (most segments,), a length is segments, key included."""
-    kind, unit, rows = "passkey", "segments", [""]
+    kind, unit, rows, least = "passkey", "segments", [""], 1
 
     def __init__(self, config):
         super().__init__(config, WORDS)
@@ -66,7 +66,6 @@ class PassKey(InText):
         if self.segment_len < (least := len(self.statement(range(DIGITS)))):
             raise ValueError(f"--segment_len: {self.segment_len} tokens are too few for the {least} of a key")
         numbers("stages", config.stages, most=1, least=1)
-        eval_points(config)
 
     def batch(self, rng, size, stage):
         """`size` contexts of one length, with one question each; its answers have five ids."""

@@ -44,10 +44,9 @@ class Recall:
             if not self.rewrite and (most := max(values)[0]) > ALPHABET ** self.key_size:
                 raise ValueError(f"--{flag}: {most} different keys need a --key_size above {self.key_size}")
 
-    def batch(self, rng, size, stage, n_questions=None):
-        """`size` samples of n pairs, with n_questions questions each."""
+    def batch(self, rng, size, stage):
+        """`size` samples of n pairs, with --questions questions each."""
         (n_pairs,), n_keys = stage, ALPHABET ** self.key_size
-        n_questions = n_questions or self.n_questions
         if self.rewrite:
             keys = rng.integers(n_keys, size=(size, n_pairs))                                         # (B, n)
         else:
@@ -60,7 +59,7 @@ class Recall:
         latest = np.full((size, n_keys), -1)                          # place of a key's last pair, -1: never
         latest[np.arange(size)[:, None], keys] = np.arange(n_pairs)   # numpy keeps the last of equal indices
         order = np.where(latest >= 0, rng.random(latest.shape), 2.0)      # keys that occurred first, shuffled
-        asked = np.argsort(order, axis=1)[:, :n_questions]                                            # (B, Q)
+        asked = np.argsort(order, axis=1)[:, :self.n_questions]                                       # (B, Q)
         where = np.take_along_axis(latest, asked, axis=1)                                             # (B, Q)
         answers = np.where(where >= 0, SYMBOLS[np.take_along_axis(values, where, axis=1)], -1)
         questions = np.concatenate((spell(asked, self.key_size), np.full((*asked.shape, 1), ASK)), axis=-1)
@@ -72,7 +71,7 @@ class Recall:
     def questions(self, cell):
         """Fresh samples, with one question each."""
         length, n = cell["length"], cell["n"]
-        b = self.batch(generator(0, "test", length, n), n, (length,), n_questions=1)
+        b = self.batch(generator(0, "test", length, n), n, (length,))
         return [Question([c.ravel()], q, a.tolist())
                 for c, q, a in zip(b.context, b.questions[:, 0], b.answers[:, 0])], 0
 
