@@ -301,9 +301,9 @@ class RMT(Layered):
 #   does not yet answer is added (the delta rule), so with beta = 1 a key keeps its last value. z adds up the
 #   keys, so that an answer q A / (q . z) is a weighted mean of values.
 #
-#       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y         (1e-5 is added to . z and |k|^2)
+#       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y
 #       write   k = phi(u W_K)      v = u W_V      beta = sigmoid(u w_beta)
-#               vbar = k A / (k . z)                   what A answers for k so far
+#               vbar = k A / (k . z)                   what A answers for k so far (each divisor + 1e-5)
 #               gamma = 1 - (k . z) / |k|^2            how much of k is new to z
 #               A <- A + sum_i beta_i k_i (v_i - vbar_i)^T
 #               z <- z + sum_i gamma_i k_i
@@ -316,8 +316,7 @@ class RMT(Layered):
 #           unimportant segments each add a little to A and bury older content
 #   ablate  no_delta: A adds up every value; no_gamma: z adds up every key; gated_z:
 #           z <- z + beta gamma k, so that a gate that is shut leaves both A and z unchanged
-#   The memory tokens stand last and attention is causal: no text sees them, so A is the only way from the
-#   past.
+#   The memory tokens stand last and attention is causal: no text sees them, so the past comes through A.
 
 class ARMTBlock(Block):
     """A block with an associative matrix: it reads before attention and writes after the MLP."""
@@ -412,9 +411,11 @@ class ARMT(Layered):
 #   ablate  no_copy        rows have no residual around attention
 #           sum_fam        rows query with a learned vector each, and have no residual around attention
 #           stop_gradient  as in bswa: of the cache
+#           norm_rows      rows are normalised before they are carried (not in the paper). Without it each
+#                          segment adds to them, so they grow, and what a late segment adds counts ever less
 #   F_0 of a layer is the learned prompt after the layers below, without the segment: otherwise tokens would
-#   see their own future. Rows stand at the last M positions before the segment,
-#   as queries and as keys (the paper leaves open where the queries stand).
+#   see their own future. Rows stand at the last M positions before the segment, as queries and as keys (the
+#   paper leaves open where the queries stand).
 #   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
 #   position offset is left out: rotary scores do not depend on it.
 
@@ -445,13 +446,16 @@ class FAMBlock(BSWABlock):
         a = torch.cat((written * fam, x), dim=1) + y
         out = a + self.mlp(self.ln_2(a))
         cache = self.truncate(torch.cat((old_k, k[:, :, M:]), dim=2), torch.cat((old_v, v[:, :, M:]), dim=2))
-        return out[:, M:], (out[:, :M].clone(), torch.ones_like(written), *cache)
+        new = out[:, :M].clone()
+        if "norm_rows" in self.ablate:
+            new = EMBEDDING_STD * F.layer_norm(new, new.shape[-1:])
+        return out[:, M:], (new, torch.ones_like(written), *cache)
 
 
 class FAM(Layered):
     """Blocks that feed M rows back to themselves, and the prompt (M, C) that these rows start from."""
     block, options = FAMBlock, dict(n_mem=8, window=0)
-    ablations = ("no_copy", "sum_fam", "stop_gradient")
+    ablations = ("no_copy", "sum_fam", "stop_gradient", "norm_rows")
 
     def __init__(self, config):
         super().__init__(config)

@@ -48,7 +48,6 @@ class Config(GPTConfig):
     vocab: list = ()                # set by the task: the words with ids of their own
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
     stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), facts/words/segment_len (qa)
-    key_size: int = 1               # recall: symbols in a key, so 16^key_size keys
     questions: int = 4              # recall: questions about a sample
     align: int = 0                  # qa: sentences begin segments; below segment_len: only in training
     decoys: float = 0.0             # qa: share of the training background that looks like facts
@@ -59,6 +58,7 @@ class Config(GPTConfig):
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
     price: float = 0.0              # weight, in the last stage, of a penalty on changes of the memory
     half_price: float = 0.0         # change at which half of the price is due; above 0 the price rises, too
+    pass_state: float = 0.0         # recall, passkey: share of last batches that keep the memory before them
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
@@ -82,8 +82,8 @@ EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may chang
 LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
-ONLY = dict(key_size="recall", questions="recall", align="qa", decoys="qa", background="qa, passkey",
-            eval_text="qa", babi_dir="qa")      # the kinds of task that a flag is for
+ONLY = dict(questions="recall", align="qa", decoys="qa", background="qa, passkey",
+            pass_state="recall, passkey", eval_text="qa", babi_dir="qa")     # the kinds of task of a flag
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
@@ -179,8 +179,8 @@ def to_evaluate(given):
 def check(c, chosen, training=True):
     """The config with the memory's defaults. ValueError names a flag that cannot be, or does not apply."""
     most = 10 ** 9
-    ranges = dict(key_size=(1, 4), questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, most),
-                  learned=(0, 1), last_steps=(1, most), price=(0, most), half_price=(0, most),
+    ranges = dict(questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, most), learned=(0, 1),
+                  last_steps=(1, most), price=(0, most), half_price=(0, most), pass_state=(0, 1),
                   batch_size=(1, most), lr=(0, 100), muon_lr=(0, 100), seed=(0, 2 ** 32 - 1), compile=(0, 1),
                   threads=(0, 1024))
     for name, (low, high) in ranges.items():
@@ -194,6 +194,8 @@ def check(c, chosen, training=True):
         raise ValueError(f"--dtype: there is no '{c.dtype}'; choose float32 or bfloat16")
     if c.compile and (c.memory in ("full", "bswa") or c.window):
         raise ValueError(f"--compile: memory '{c.memory}' keeps a cache, and code is compiled for one size")
+    if c.pass_state and WORLD > 1:
+        raise ValueError("--pass_state: only the memory of one process is in a checkpoint")
     if c.batch_size % WORLD:
         raise ValueError(f"--batch_size: {c.batch_size} rows cannot be shared by {WORLD} processes")
     pick_device(c.device)
@@ -295,16 +297,17 @@ class BatchLoss(torch.nn.Module):
         super().__init__()
         self.model, self.device = model, device
 
-    def forward(self, batch, price=0.0, half_price=0.0):
+    def forward(self, batch, price=0.0, half_price=0.0, state=None):
         """
         Read a Batch once, then ask every question about it: mean loss of the questions, price of what was
-        written, and as numpy arrays (q,) the row of each question and whether its answer was correct.
+        written, as numpy arrays (q,) the row of each question and whether its answer was correct, new state.
         """
         context = torch.from_numpy(batch.context).to(self.device)                                # (B, S, T)
         row, which = np.nonzero(batch.answers[..., 0] >= 0)                                      # q questions
         questions, answers = (torch.from_numpy(x[row, which]).to(self.device)
                               for x in (batch.questions, batch.answers))
-        state, written = self.model.init_state(len(context)), torch.zeros((), device=self.device)
+        state = self.model.init_state(len(context)) if state is None else state
+        written = torch.zeros((), device=self.device)
         for segment in context.unbind(1):
             _, new = self.model.memory(self.model.wte(segment), state)
             if price:
@@ -312,7 +315,7 @@ class BatchLoss(torch.nn.Module):
             state = new
         asked = torch.from_numpy(row).to(self.device)
         logits, loss = ask(self.model, questions, answers, state_map(lambda s: s[asked], state))
-        return loss, written, row, (logits.argmax(-1) == answers).all(1).cpu().numpy()
+        return loss, written, row, (logits.argmax(-1) == answers).all(1).cpu().numpy(), state
 
 
 def compiled(model, c):
@@ -361,12 +364,15 @@ def train(c, model, task, device, optimizers, p):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.zero_grad(set_to_none=True)
 
-        # a batch, of which each process takes its rows; loss and gradient
+        # a batch, of which each process takes its rows, perhaps read with the memory of the batch before
+        passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
+        before = p.get("state") if passed else None
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
-            loss, written, row, correct = batch_loss(mine, price, c.half_price)
+            loss, written, row, correct, state = batch_loss(mine, price, c.half_price, before)
+        p["state"] = state_map(torch.Tensor.detach, state) if c.pass_state else None
         (loss * share + written).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         failed = 0 if norm.isfinite() else failed + 1

@@ -1,7 +1,8 @@
 """
 Associative retrieval (ARMT, appendix C; sizes and format as in the authors' scripts). Keys and values are
-written in an alphabet of 16 symbols. With the default --segment_len and --key_size a pair is a segment. The
-question is a segment of its own, so that whatever is known about a pair has crossed a segment boundary:
+written in an alphabet of 16 symbols. A value is one symbol, a key as well, or two if the stages have more
+than 16 different keys. With --segment_len 4 (5 with two symbols) a pair is a segment. The question is a
+segment of its own, so that whatever is known about a pair has crossed a segment boundary:
 
     [k_1 .. k_s  :  v  ;]  [k_1 .. k_s  :  v  ;]  ...  [k_1 .. k_s  ?] -> v
 
@@ -33,16 +34,18 @@ class Recall:
     vocab_size, vocab, kind, rows = END + 1, [], "recall", [""]
 
     def __init__(self, config):
-        self.key_size, self.n_questions = config.key_size, config.questions
-        self.segment_len = config.segment_len
+        self.segment_len, self.n_questions = config.segment_len, config.questions
         self.rewrite = config.task == "rewrite"
         self.unit = "updates" if self.rewrite else "pairs"
+        most = 1 if self.rewrite else max(numbers("stages", config.stages, 1, 1))[0]
+        self.key_size = 1 if most <= ALPHABET else 2                                  # symbols of a key
 
     def check(self, config, training=True):
         for flag, values in dict(stages=numbers("stages", config.stages, 1, 1),
                                  eval_lengths=eval_points(config)).items():
             if not self.rewrite and (most := max(values)[0]) > ALPHABET ** self.key_size:
-                raise ValueError(f"--{flag}: {most} different keys need a --key_size above {self.key_size}")
+                raise ValueError(f"--{flag}: {most} pairs are more than the {ALPHABET ** self.key_size} keys "
+                                 f"that these --stages have")
 
     def batch(self, rng, size, stage):
         """`size` samples of n pairs, with --questions questions each."""
