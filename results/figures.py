@@ -80,9 +80,10 @@ def pairs():
                                  ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
         for name, runs in groups(HERE / "compare", task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
-        if task == "remember":
-            for memory in ("rmt", "lm2"):
-                for runs in groups(HERE / memory / "own").values():
+        for own in dict(remember=("rmt/own", "lm2/own"), rewrite=("armt/pass",))[task]:
+            for runs in groups(HERE / own, task).values():
+                memory = runs[0]["config"]["memory"]
+                if runs[0]["config"].get("pass_state") or "own" in own:
                     line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
                                                    "label": f"{memory}, own recipe"})
         axis.set_xscale("log", base=2)
