@@ -82,8 +82,6 @@ EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may chang
 LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
-ONLY = dict(questions="recall", align="qa", decoys="qa", background="qa, passkey",
-            pass_state="recall, passkey", eval_text="qa", babi_dir="qa")     # the kinds of task of a flag
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
@@ -188,8 +186,9 @@ def check(c, chosen, training=True):
             raise ValueError(f"--{name}: {getattr(c, name)} is not between {low} and {high:,}")
     task = make_task(c)
     for name in chosen:
-        if task.kind not in ONLY.get(name, task.kind).split(", "):
-            raise ValueError(f"--{name}: is for {ONLY[name]}, not for {c.task}")
+        kinds = NOTES[name].split(":")[0].split(", ")            # as in "qa, passkey: UTF-8 files ..."
+        if {"recall", "passkey", "qa"}.issuperset(kinds) and task.kind not in kinds:
+            raise ValueError(f"--{name}: is for {' and '.join(kinds)}, not for {c.task}")
     if c.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype: there is no '{c.dtype}'; choose float32 or bfloat16")
     if c.compile and (c.memory in ("full", "bswa") or c.window):

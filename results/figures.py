@@ -86,6 +86,7 @@ def pairs():
                 if runs[0]["config"].get("pass_state") or "own" in own:
                     line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
                                                    "label": f"{memory}, own recipe"})
+        axis.set_xlim(*dict(remember=(1.8, 17.5), rewrite=(13, 600))[task])
         axis.set_xscale("log", base=2)
         ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
         axis.set_xticks(ticks, ticks)
@@ -225,10 +226,12 @@ def page(memory):
         axis.minorticks_off()
         task = runs[0]["config"]["task"]
         axis.set(title=folder.name, ylim=(-2, 103),
-                 xlabel=dict(remember="pairs", rewrite="updates", passkey="segments").get(task, "words"))
+                 xlabel=dict(remember="pairs", rewrite="updates").get(task, "segments"))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
+    for axis in axes.flat[len(folders):]:
+        axis.axis("off")
     save(figure, memory)
 
 

@@ -1,7 +1,7 @@
 """
 Evaluate a run on texts of a million words and more, one after another: segments that leave the memory as it
 is are read side by side, and not read again by the same memory (sample.read_fast). The answers are those of
-train.py.
+train.py, of a memory that blank segments leave as it is.
 
     python results/babilong/long.py --out_dir data/pretrained --babi_dir data/babi \\
         --eval_text data/novels/*.txt --eval_lengths 1M,10M,50M --eval_samples 100,10,4
