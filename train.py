@@ -58,7 +58,7 @@ class Config(GPTConfig):
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
     price: float = 0.0              # weight, in the last stage, of a penalty on changes of the memory
     half_price: float = 0.0         # change at which half of the price is due; above 0 the price rises, too
-    pass_state: float = 0.0         # recall, passkey: share of last batches that keep the memory before them
+    pass_state: float = 0.0         # recall, passkey: share of last-stage batches that keep the state before
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
