@@ -344,8 +344,11 @@ class ARMTBlock(Block):
         return F.normalize(f, dim=-1, eps=self.eps) if self.rule == "delta" else f
 
     def lookup(self, q, A, z=None):
-        """What A answers for queries or keys q (B, R, D): (B, R, C)"""
-        return q @ A if z is None else q @ A / (q @ z.unsqueeze(-1) + self.eps)
+        """What A answers for queries or keys q (B, R, D): (B, R, C); and q . z (B, R, 1), if there is a z"""
+        if z is None:
+            return q @ A, None
+        overlap = q @ z.unsqueeze(-1) + self.eps
+        return q @ A / overlap, overlap
 
     def write(self, u, A, z=None):
         """
@@ -354,8 +357,9 @@ class ARMTBlock(Block):
         """
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
+        vbar, overlap = self.lookup(k, A, z)                                      # (B, M, C) (B, M, 1)
         if "no_delta" not in self.ablate:
-            v = v - self.lookup(k, A, z)                                          # v - vbar
+            v = v - vbar
         add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
         if z is None:
@@ -363,8 +367,8 @@ class ARMTBlock(Block):
         # differs: the paper's gamma has no clip. Tokens of a segment that share a key all add it to z, and
         # without the clip the next segment overcorrects (four: 4k, -8k, 28k, ...). The authors' code clips
         # it, too, and stops its gradient. In the first segment, where z is 0, gamma is 1.
-        known = (k @ z.unsqueeze(-1) + self.eps) / (k.square().sum(-1, keepdim=True) + self.eps)
-        gamma = (1 - known).clamp(0, 1).detach().where((z != 0).any(-1)[:, None, None], 1.0)     # (B, M, 1)
+        gamma = (1 - overlap / (k.square().sum(-1, keepdim=True) + self.eps)).clamp(0, 1).detach()
+        gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)                 # (B, M, 1)
         if "no_gamma" in self.ablate:
             gamma = torch.ones_like(gamma)
         return A, z + ((beta * gamma if "gated_z" in self.ablate else gamma) * k).sum(1)
@@ -372,7 +376,7 @@ class ARMTBlock(Block):
     def forward(self, x, state):
         """Tokens and memory tokens x (B, T + M, C), state (A, z) or (A,) -> x, state"""
         with torch.autocast(x.device.type, enabled=False):       # A and z add up many terms: float32
-            y = self.lookup(self.phi(self.W_Q(x)), *state)       # memory tokens read, too
+            y, _ = self.lookup(self.phi(self.W_Q(x)), *state)    # memory tokens read, too
             x = x + y.to(x.dtype)                                # no LayerNorm, as published
         x, _ = super().forward(x)                                                 # (B, T + M, C)
         with torch.autocast(x.device.type, enabled=False):
@@ -612,7 +616,7 @@ def checked(config):
     words = ["nothing", *(w for w in words if config.rule != "delta" or w not in ("no_gamma", "gated_z"))]
     for word in config.ablate.split("+"):
         if word not in words:
-            raise ValueError(f"ablate: this memory has no '{word}'; it has {', '.join(words)}")
+            raise ValueError(f"ablate: memory '{config.memory}' has no '{word}'; it has {', '.join(words)}")
     return config
 
 

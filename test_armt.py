@@ -476,7 +476,7 @@ def rewritten(n_mem=1, beta=1.0, ablate="nothing"):
         with torch.no_grad():
             A, z = block.write(token.expand(1, n_mem, 4), A, z)
             f = block.phi(block.W_K(token))                                                       # (1, 1, D)
-            f, answer = f[0, 0], block.lookup(f, A, z)[0, 0]                                      # (D,), (C,)
+            f, answer = f[0, 0], block.lookup(f, A, z)[0][0, 0]                                   # (D,), (C,)
         answers.append(answer[2].item())
         amounts.append((f @ z[0] / f.square().sum()).item())
     return answers, amounts
@@ -1281,7 +1281,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_pa
     said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
     assert "--lr" in said and "step" in said and "stage 2" in said
     said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
-    assert "1 of 2" in said and rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
+    assert "1 of 2" in said and "--lr" in capsys.readouterr().out
+    assert rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
 
 
 def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, capsys):
@@ -1295,6 +1296,9 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     for like in (first, result):
         run(f"train --like {like} --out_dir {tmp_path / 'again'}{like.suffix}")
         assert rows_of(first) == rows_of(f"{tmp_path / 'again'}{like.suffix}")
+    assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
+    other = "--task passkey --segment_len 32"
+    assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
 
 
 def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(tmp_path, capsys):
@@ -1420,6 +1424,7 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     (qa / "binary.txt").write_bytes(bytes(range(256)))
     for flag, named in ((f"--read {qa / 'binary.txt'}", "binary.txt"),
                         (f"--save_state {qa / 'nowhere' / 'x.pt'}", "--save_state"),
+                        (f"--save_state {qa}", "--save_state"),
                         ("--load_state nowhere.pt", "nowhere.pt")):
         assert named in fails(capsys, f"{command} {flag} {ask}")
 

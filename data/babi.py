@@ -50,8 +50,8 @@ def read_stories(path):
     an earlier fact, text that is not UTF-8, a file without questions.
     """
     stories = []
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")      # "\ufffd" for what is not UTF-8
-    for n, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+    whole = Path(path).read_text(encoding="utf-8-sig", errors="replace")     # "\ufffd" for what is not UTF-8
+    for n, line in enumerate(whole.removesuffix("\n").split("\n"), start=1):
         fact, question = FACT.fullmatch(line), QUESTION.fullmatch(line)
         if "\ufffd" in line or not fact and not question:
             raise ValueError(f"{path}, line {n}: expected 'NUMBER fact' or 'NUMBER question?<TAB>answer<TAB>"

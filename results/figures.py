@@ -75,17 +75,16 @@ def save(figure, name):
 
 def pairs():
     """Accuracy against the number of pairs and of updates, one line a memory."""
+    own = dict(remember=[("rmt", "own", "remember-rmt"), ("lm2", "own", "remember-lm2")],
+               rewrite=[("armt", "pass", "rewrite-armt-pass_state0.9")])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for axis, task, title in zip(axes, ("remember", "rewrite"),
                                  ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
         for name, runs in groups(HERE / "compare", task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
-        for own in dict(remember=("rmt/own", "lm2/own"), rewrite=("armt/pass",))[task]:
-            for runs in groups(HERE / own, task).values():
-                memory = runs[0]["config"]["memory"]
-                if runs[0]["config"].get("pass_state") or "own" in own:
-                    line(axis, by_length(runs), **{**look(memory), "linestyle": (0, (1, 2)),
-                                                   "label": f"{memory}, own recipe"})
+        for memory, folder, name in own[task]:
+            line(axis, by_length(groups(HERE / memory / folder)[name]), **{
+                **look(memory), "linestyle": (0, (1, 2)), "label": f"{memory}, own recipe"})
         axis.set_xlim(*dict(remember=(1.8, 17.5), rewrite=(13, 600))[task])
         axis.set_xscale("log", base=2)
         ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
