@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """A model and its memory. None means the memory's default; GPT raises ValueError if a field is wrong."""
+    """A model and its memory. None means the memory's default, which `GPT(config).config` has instead."""
     vocab_size: int = 128          # V, different tokens; set by the task
     segment_len: int = 64          # T, tokens that the model reads at once
     n_layer: int = 2               # L, blocks
@@ -264,8 +264,7 @@ class BSWA(Layered):
 #   carried: mem (B, M, C), one set for all layers; the first is learned      cost: (T + 2M)^2
 #   Memory tokens of a copy see each other both ways, as in the authors' code of 2022.
 #   ablate: one_way  they see only those before them, as in the code of 2024
-#   The state leaves at the top of a segment and enters the next at the bottom. So, unlike with the memories
-#   that stay in their layer, segment s + 1 cannot start before segment s has passed all layers.
+#   Other memories stay in their layers; here segment s + 1 cannot start before s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
@@ -495,7 +494,7 @@ class FAM(Layered):
 #   differs: the paper queries with the layer's input. Its output gate multiplies the bank, and its input gate
 #   sees tokens. Here a queries (as in the published code), that gate multiplies E, the others see U and bank.
 #   differs: gradient crosses segments, and tokens read what the segment before has written. The gates of the
-#   published code show a token its future (test_lm2_cannot_predict_random_tokens... builds such a leak).
+#   published code show a token its future (a test builds such a leak).
 
 class CrossAttention(nn.Module):
     """Rows of x query rows of m, all of them, without positions and without an output projection."""
@@ -621,10 +620,7 @@ def checked(config):
 
 
 class GPT(nn.Module):
-    """
-    A GPT with a memory, made from a GPTConfig; `model.config` has the memory's defaults in place of None.
-    ValueError names the field that does not fit.
-    """
+    """A GPT with a memory, made from a GPTConfig; ValueError names a field that does not fit."""
 
     def __init__(self, config):
         super().__init__()

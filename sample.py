@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import time
-from array import array
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from armt import state_floats, state_map, tensors
 from data import numbers
 from data.files import one_line_errors, write_atomically
-from train import Parser, answer, change, load, make_task, pick_device
+from train import Parser, answer, changes, load, make_task, pick_device
 
 MOST_QUIET = 100_000                # segments known not to write; the set is emptied when it is larger
 AHEAD = 64                          # segments read side by side, at most
@@ -77,7 +76,7 @@ def read_fast(model, segments, state, quiet):
             i, ahead = [*new.values()][first] + 1, 1
             if len(new) > 1:                                     # beside others its last bits may differ
                 _, _, after = model(segments[i - 1:i], state=state)
-            wrote[i - 1] = float(change(state, after)) or 1.0             # 1: a cache that has grown
+            wrote[i - 1] = float(sum(changes(state, after))) or 1.0       # 1: a cache that has grown
             state = after
             here = fingerprint(state).encode()
     return state, wrote
@@ -107,8 +106,7 @@ class Reader:
     def forget(self):
         """Begin again with an empty memory."""
         self.state, self.tail, self.quiet = self.model.init_state(1), [], set()
-        self.words_read, self.n_wrote = 0, 0               # and how many segments changed the memory
-        self.changes = array("f")                          # how much each segment changed it
+        self.words_read, self.changes = 0, []              # and how much each segment changed the memory
         self.most = []                                     # the five largest changes: (change, which, ids)
 
     def warn(self, text):
@@ -126,9 +124,8 @@ class Reader:
         segments = torch.tensor(ids[:whole], dtype=torch.long, device=self.device).view(-1, self.T)
         self.state, wrote = read_fast(self.model, segments, self.state, self.quiet)
         found = [(size, len(self.changes) + i, segments[i].tolist()) for i, size in wrote.items()]
-        self.most, self.n_wrote = sorted(self.most + found)[-5:], self.n_wrote + len(wrote)
+        self.most, self.tail = sorted(self.most + found)[-5:], ids[whole:]
         self.changes.extend(wrote.get(i, 0.0) for i in range(len(segments)))
-        self.tail = ids[whole:]
 
     def read(self, file):
         """Read a UTF-8 file of any size, piece by piece, with a bar. If it fails, nothing was read."""
@@ -193,8 +190,8 @@ def show_written(reader, file, width=72):
         written(changes, file)
     cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
-    print(f"{len(reader.changes):,} segments from left to right; {reader.n_wrote:,} wrote, and changed the "
-          f"memory by at most {top:.3g}. Those that wrote most (~ is a word outside bAbI):")
+    print(f"{len(reader.changes):,} segments from left to right; {np.count_nonzero(changes):,} wrote, and "
+          f"changed the memory by at most {top:.3g}. Those that wrote most (~ is a word outside bAbI):")
     for size, i, ids in sorted(reader.most, key=lambda found: found[1]):
         print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
 
@@ -207,7 +204,8 @@ def reply(reader, question, as_json):
     if as_json:
         print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
                               alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
-                              segments_wrote=reader.n_wrote, state_floats=state_floats(reader.state))))
+                              segments_wrote=sum(map(bool, reader.changes)),
+                              state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
         print(f"{question}  {names[0]}  ({shares[0]:.1%}; {others})")
@@ -289,14 +287,9 @@ def main(argv=None):
             return show_samples(config, model, task, device, args.samples or 5)
         if args.samples:
             raise ValueError(f"--samples: {config.task} is told and asked; see --facts, --read and --ask")
-        if args.save_state:                                                # tried before a book is read
-            try:
-                if Path(args.save_state).is_dir():
-                    raise IsADirectoryError(0, "it is a folder")
-                write_atomically(f"{args.save_state}.try", lambda path: path.touch())
-                Path(f"{args.save_state}.try").unlink()
-            except OSError as e:
-                raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror}") from None
+        if args.save_state and (Path(args.save_state).is_dir()             # seen before a book is read
+                                or not os.access(Path(args.save_state).absolute().parent, os.W_OK)):
+            raise ValueError(f"--save_state: cannot write {args.save_state}")
         reader = Reader(config, model, task, device)
         if args.load_state:
             reader.load(args.load_state)

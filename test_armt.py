@@ -88,13 +88,8 @@ def some_text(n, rows=2, seed=1):
 
 
 def assert_close(a, b, tolerance=1e-9):
-    """Equal in float64, whatever the order of the sums."""
+    """Tensors or states: equal in float64, whatever the order of sums, or with tolerance 0 bit for bit."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def assert_same(a, b):
-    """Bit for bit: tensors, or states."""
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @every_variant
@@ -129,32 +124,14 @@ def test_the_state_is_the_whole_past_and_a_question_leaves_it_as_it_was(memory, 
                 assert_close(answer, whole[:, 8:])
                 assert_close(after, end)
                 model.generate(question, 5, state)
-                assert_same(state, torch.load(tmp_path / "state.pt", weights_only=True))
-            assert_same(empty, model.init_state(2))
-    assert_same(model(book, book), before)                                    # no module has kept anything
-    assert_same(dict(model.state_dict()), weights)
-
-
-@every_variant
-def test_the_gradient_of_the_last_segment_reaches_the_first_and_every_parameter_learns(memory, ablate):
-    model, idx = tiny(memory, ablate), some_text(11) % (V - 1)
-    idx[:, 1] = V - 1                                            # this word occurs in the first segment alone
-    targets = idx.clone()
-    targets[:, :8] = -1
-    _, in_one_call, _ = model(idx, targets)
-    _, in_two_calls, _ = model(idx[:, 4:], targets[:, 4:], model(idx[:, :4])[2])
-    for loss in (in_one_call, in_two_calls):
-        (gradient,) = torch.autograd.grad(loss, model.wte.weight)
-        assert gradient.abs().sum() > 0
-        reached = gradient[V - 1].abs().max()
-        cut_off = memory == "none" or (memory, ablate) == ("bswa", "stop_gradient")
-        assert reached == 0 if cut_off else reached > 1e-9
-    model(idx, idx)[1].backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
+                assert_close(state, torch.load(tmp_path / "state.pt", weights_only=True), 0)
+            assert_close(empty, model.init_state(2), 0)
+    assert_close(model(book, book), before, 0)                                 # no module has kept anything
+    assert_close(dict(model.state_dict()), weights, 0)
 
 
 @pytest.mark.usefixtures("fade")
-@pytest.mark.parametrize("memory", [*MEMORIES, "fade"])
+@pytest.mark.parametrize("memory", [memory for memory in [*MEMORIES, "fade"] if memory != "none"])
 def test_what_was_read_long_ago_can_be_learned(memory):
     model = tiny(memory)
     idx = torch.zeros(4, 3 * T, dtype=torch.long)
@@ -162,46 +139,35 @@ def test_what_was_read_long_ago_can_be_learned(memory):
     targets = torch.full_like(idx, -1)
     targets[:, -1] = idx[:, 1]                               # which was it? asked at the end of the third
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    for _ in range(60 if memory == "none" else 400):
-        _, loss, _ = model(idx, targets)
+    for _ in range(400):
+        _, loss, _ = model(idx[:, T:], targets[:, T:], model(idx[:, :T])[2])                   # in two calls
         if loss < 0.3:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    guess = math.log(4) - 1e-4                                        # one of four: all that none can say
-    assert loss >= guess if memory == "none" else loss < 0.3
-    assert model(idx[:, -T:], targets[:, -T:])[1] >= guess            # so it was in the state, and only there
+    assert loss < 0.3
 
 
 @every_variant
 def test_rows_of_a_batch_do_not_mix(memory, ablate):
     model, idx = tiny(memory, ablate).double(), some_text(10)
-    other = idx.clone()
-    other[1] = (other[1] + 1 + some_text(10, rows=1, seed=2)[0] % (V - 1)) % V    # other words in row 1
     logits, _, state = model(idx, idx)
-    changed, _, changed_state = model(other, other)
-    assert torch.equal(changed[0], logits[0]) and not torch.equal(changed[1], logits[1])
-    assert_same(armt.state_map(lambda s: s[0], changed_state), armt.state_map(lambda s: s[0], state))
     for row in (0, 1):
         alone, _, alone_state = model(idx[row:row + 1], idx[row:row + 1])
         assert_close(alone[0], logits[row])
         assert_close(alone_state, armt.state_map(lambda s: s[row:row + 1], state))
 
 
-@every_variant
-def test_logits_are_those_of_the_supervised_columns_and_minus_one_is_ignored(memory, ablate):
-    model, idx, columns = tiny(memory, ablate).double(), some_text(14), [1, 2, 9, 11, 13]     # none in 4 to 7
+def test_logits_are_those_of_the_supervised_columns_and_minus_one_is_ignored():
+    model, idx, columns = tiny("armt").double(), some_text(14), [1, 2, 9, 11, 13]             # none in 4 to 7
     targets = torch.full_like(idx, -1)
     targets[:, columns] = some_text(5, seed=2)
     targets[0, 9] = targets[1, 2] = -1                           # these columns have a target in one row only
     everything = model(idx, idx)[0]
     logits, loss, _ = model(idx, targets)
     assert_close(logits, everything[:, columns])
-    said = [-everything[row, c].log_softmax(-1)[targets[row, c]]
-            for row in (0, 1) for c in columns if targets[row, c] >= 0]
-    assert_close(loss, torch.stack(said).mean())
-
+    assert_close(loss, nn.functional.cross_entropy(everything.mT, targets, ignore_index=-1))
     logits, loss, _ = model(idx, torch.full_like(idx, -1))
     assert logits.shape == (2, 0, V) and loss == 0
     logits, loss, _ = model(idx)
@@ -259,13 +225,9 @@ def plain_block(p, name, rows, *sees):
     return [feed(p, name, x + a) for x, a in zip(rows, attention(p, name, rows, *sees))]
 
 
-def head(p, rows):
-    return [p["lm_head.weight"] @ norm(p, "memory.ln_f", x) for x in rows]
-
-
 def rmt_by_hand(p, row, words, config):
     """The memory is what the write tokens have become after the final LayerNorm."""
-    mem, M, logits = list(p["memory.mem"]), config.n_mem, []
+    mem, M, top = list(p["memory.mem"]), config.n_mem, []
     for part in row.split(T):
 
         def sees(i, j):
@@ -275,9 +237,9 @@ def rmt_by_hand(p, row, words, config):
         x = [*mem, *p["wte.weight"][part], *mem]
         for name in BLOCKS:
             x = plain_block(p, name, x, sees)
-        logits += head(p, x[M:-M])
+        top += x[M:-M]
         mem = [norm(p, "memory.ln_f", m) for m in x[-M:]]
-    return logits
+    return top
 
 
 def phi(x, nu, unit):
@@ -290,7 +252,7 @@ def phi(x, nu, unit):
 
 def armt_by_hand(p, row, words, config):
     """A is a list of D vectors, z a list of D numbers; all are 0 at first, so nothing is read, vbar = 0."""
-    delta, D, logits = config.rule == "delta", 2 * config.nu * config.d_mem, []
+    delta, D, top = config.rule == "delta", 2 * config.nu * config.d_mem, []
     state = [([torch.zeros(C).double()] * D, [torch.zeros(()).double()] * D)] * L
 
     def ask(f, A, z):
@@ -315,8 +277,8 @@ def armt_by_hand(p, row, words, config):
                 A = [a + beta * n * (v - vbar) for a, n in zip(A, k)]
                 z = [b + (beta if "gated_z" in words else 1) * gamma * n for b, n in zip(z, k)]
             state[layer] = A, z
-        logits += head(p, x[:len(part)])
-    return logits
+        top += x[:len(part)]
+    return top
 
 
 def fam_by_hand(p, row, words, config):
@@ -329,7 +291,7 @@ def fam_by_hand(p, row, words, config):
     for name in BLOCKS:                                     # the prompt climbs alone, its rows see each other
         fam.append(rows)
         rows = plain_block(p, name, rows, lambda i, j: True)
-    caches, logits = [[] for _ in BLOCKS], []
+    caches, top = [[] for _ in BLOCKS], []
     for start in range(0, len(row), T):
         x = list(p["wte.weight"][row[start:start + T]])
         for layer, name in enumerate(BLOCKS):
@@ -350,13 +312,13 @@ def fam_by_hand(p, row, words, config):
             caches[layer] = (cache + now)[-window * T:] if window else []
             if "stop_gradient" in words:
                 caches[layer] = [(at, k.detach(), v.detach()) for at, k, v in caches[layer]]
-        logits += head(p, x)
-    return logits
+        top += x
+    return top
 
 
 def lm2_by_hand(p, row, words, config):
     """The equations of the banner, slot by slot."""
-    banks, logits = [list(torch.eye(config.n_mem, C).double())] * L, []
+    banks, top = [list(torch.eye(config.n_mem, C).double())] * L, []
     for part in row.split(T):
         x = list(p["wte.weight"][part])
         for layer, name in enumerate(BLOCKS):
@@ -379,8 +341,8 @@ def lm2_by_hand(p, row, words, config):
                 banks[layer] = [gate("input", u, slot) * torch.tanh(u) + gate("forget", u, slot) * slot
                                 for u, slot in zip(ask("write", bank, a), bank)]
             x = [feed(p, name, t + b) for t, b in zip(x, y)]
-        logits += head(p, x)
-    return logits
+        top += x
+    return top
 
 
 BY_HAND = dict(none=fam_by_hand, full=fam_by_hand, bswa=fam_by_hand, rmt=rmt_by_hand, armt=armt_by_hand,
@@ -403,12 +365,14 @@ def test_every_memory_is_its_paper_written_by_hand_forward_and_backward(memory, 
     loss.backward()
     p = {name: w.detach().clone().requires_grad_() for name, w in model.state_dict().items()}
     words = set(ablate.split("+"))
-    expected = torch.stack([torch.stack(BY_HAND[memory](p, row, words, model.config)) for row in idx])
+    top = torch.stack([torch.stack(BY_HAND[memory](p, row, words, model.config)) for row in idx])
+    expected = norm(p, "memory.ln_f", top) @ p["lm_head.weight"].T
     tolerance = 1e-8 if "gate" in options else 1e-9              # the hardsigmoid of torch has fewer digits
     assert_close(logits, expected, tolerance)
     (-expected.log_softmax(-1).gather(2, idx[..., None]).mean()).backward()
     for name, w in model.named_parameters():
         if w.numel():                                                   # fam without rows has an empty prompt
+            assert w.grad.abs().max() > 1e-9                                                # and so it learns
             assert_close(w.grad, p[name].grad, tolerance)
 
 
@@ -437,21 +401,11 @@ class Leaky(armt.LM2Block):
         return x, bank
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block", [armt.LM2Block, Leaky])
-def test_lm2_cannot_predict_random_tokens_but_a_twin_that_reads_what_it_just_wrote_can(block, monkeypatch):
-    monkeypatch.setattr(armt.LM2, "block", block)
-    model = tiny("lm2", vocab_size=8, segment_len=16, n_embd=32, n_mem=16)
-    optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=4e-3), torch.Generator().manual_seed(0)
-    for _ in range(300):
-        idx = torch.randint(8, (32, 33), generator=numbers)
-        optimizer.zero_grad()
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        optimizer.step()
-    idx = torch.randint(8, (3125, 33), generator=numbers)                               # 100,000 fresh tokens
-    with torch.no_grad():
-        _, loss, _ = model(idx[:, :-1], idx[:, 1:])
-    assert loss < math.log(8) - 0.1 if block is Leaky else loss >= math.log(8) - 0.005
+def test_tokens_that_read_what_was_just_written_would_see_their_future(monkeypatch):
+    """The gates of LM2's published code do, and the proof of causality finds it."""
+    monkeypatch.setattr(armt.LM2, "block", Leaky)
+    with pytest.raises(AssertionError, match="was seen before it was read"):
+        test_the_future_is_invisible("lm2", "nothing")
 
 
 # --- 1. The model: how ARMT writes, on keys and values made by hand -----------------------------------------
@@ -459,6 +413,7 @@ def test_lm2_cannot_predict_random_tokens_but_a_twin_that_reads_what_it_just_wro
 VALUES = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, -6.0]
 
 
+@torch.no_grad()
 def rewritten(n_mem=1, beta=1.0, ablate="nothing"):
     """
     Write VALUES, one segment each, under one key, with an ARMTBlock whose memory tokens are [key, value].
@@ -466,19 +421,17 @@ def rewritten(n_mem=1, beta=1.0, ablate="nothing"):
     """
     config = armt.checked(GPTConfig(n_embd=4, n_head=1, n_mem=n_mem, d_mem=2, ablate=ablate))
     block = armt.ARMTBlock(config).double()
-    block.W_Q.weight.data = block.W_K.weight.data = torch.tensor([[1., 0, 0, 0], [0, 1, 0, 0]]).double()
+    block.W_K.weight.data = torch.tensor([[1., 0, 0, 0], [0, 1, 0, 0]]).double()
     block.W_V.weight.data = torch.diag(torch.tensor([0., 0, 1, 1])).double()
     block.w_beta.weight.data.zero_()
     block.w_beta.bias.data.fill_(torch.tensor(beta).logit())                          # sigmoid(infinity) is 1
     (A, z), answers, amounts = block.init_state(1), [], []
     for value in VALUES:
         token = torch.tensor([[[30, 20, value, -value]]]).double()        # a key so long that 1e-5 is nothing
-        with torch.no_grad():
-            A, z = block.write(token.expand(1, n_mem, 4), A, z)
-            f = block.phi(block.W_K(token))                                                       # (1, 1, D)
-            f, answer = f[0, 0], block.lookup(f, A, z)[0][0, 0]                                   # (D,), (C,)
-        answers.append(answer[2].item())
-        amounts.append((f @ z[0] / f.square().sum()).item())
+        A, z = block.write(token.expand(1, n_mem, 4), A, z)
+        k = block.phi(block.W_K(token))                                                           # (1, 1, D)
+        answers.append(block.lookup(k, A, z)[0][0, 0, 2].item())
+        amounts.append((k[0, 0] @ z[0] / k.square().sum()).item())
     return answers, amounts
 
 
@@ -499,18 +452,13 @@ def test_without_gamma_the_newest_of_t_values_weighs_one_in_t():
     assert amounts == pytest.approx(range(1, 9))                                # every write is counted again
 
 
-def shut(model):
-    """Give an ARMT with a hardsigmoid gates that never open."""
-    for block in model.memory.blocks:
-        nn.init.zeros_(block.w_beta.weight)
-        nn.init.constant_(block.w_beta.bias, -3.0)
-
-
 @pytest.mark.parametrize("ablate", ["nothing", "delta", "gated_z"])
 def test_a_gate_that_is_shut_leaves_every_bit_of_A_and_but_for_the_published_rule_of_z(ablate):
     model = tiny("armt", ablate, gate="hardsigmoid")
     _, _, told = model(some_text(T))
-    shut(model)
+    for block in model.memory.blocks:                                     # gates that never open
+        nn.init.zeros_(block.w_beta.weight)
+        nn.init.constant_(block.w_beta.bias, -3.0)
     _, _, later = model(some_text(20 * T), state=told)
     same = [torch.equal(a, b) for a, b in zip(armt.tensors(told), armt.tensors(later))]
     assert same == [True, False] * L if ablate == "nothing" else all(same)
@@ -571,12 +519,10 @@ def task_of(**settings):
 
 def fingerprint():
     """A number for a batch of each task."""
-    total = hashlib.sha256()
-    for task, stage in (("remember", (5,)), ("rewrite", (30,)), ("qa1+qa2+qa4+qa5", (6, 200)),
-                        ("passkey-decoys", (4,))):
-        for part in task_of(task=task, align=8, segment_len=8).batch(generator(3, "train", 1, 5), 8, stage):
-            total.update(part.astype("<i8").tobytes())
-    return total.hexdigest()
+    stages = {"remember": (5,), "rewrite": (30,), "qa1+qa2+qa4+qa5": (6, 200), "passkey-decoys": (4,)}
+    batches = [task_of(task=task, align=8, segment_len=8).batch(generator(3, "train", 1, 5), 8, stage)
+               for task, stage in stages.items()]
+    return hashlib.sha256(b"".join(part.tobytes() for batch in batches for part in batch)).hexdigest()
 
 
 def test_batches_are_equal_in_every_process():
@@ -590,11 +536,10 @@ def test_batches_are_equal_in_every_process():
 
 
 @pytest.mark.parametrize("task, key_size, n_pairs, n_questions", [
-    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 30, 1),
-    ("rewrite", 1, 3, 9), ("rewrite", 1, 50, 5), ("rewrite", 1, 1, 1)])
+    ("remember", 1, 16, 3), ("remember", 2, 256, 1), ("rewrite", 1, 30, 5), ("rewrite", 1, 1, 1)])
 def test_a_slow_replay_gives_the_answers_of_recall(task, key_size, n_pairs, n_questions):
     made = task_of(task=task, stages=str(n_pairs), questions=n_questions, segment_len=key_size + 3)
-    batch = made.batch(generator(0, "train"), 30, (n_pairs,))
+    batch = made.samples(generator(0, "train"), 30, n_pairs)
     every_key = list(itertools.product(range(1, 17), repeat=key_size))
     assert batch.context.shape == (30, n_pairs, key_size + 3)                        # one pair is one segment
     for context, questions, answers in zip(*batch):
@@ -610,15 +555,22 @@ def test_a_slow_replay_gives_the_answers_of_recall(task, key_size, n_pairs, n_qu
 
 
 def test_recall_asks_for_every_pair_alike():
-    batch = task_of(segment_len=4, questions=1).batch(generator(0, "train"), 4000, (4,))
+    batch = task_of(segment_len=4, questions=1).samples(generator(0, "train"), 4000, 4)
     age = (batch.context[..., 0] == batch.questions[:, :, 0]).argmax(1)
     assert np.abs(np.bincount(age) / 4000 - 1 / 4).max() < 0.03
     assert np.abs(np.bincount(batch.answers[:, 0, 0])[1:] / 4000 - 1 / 16).max() < 0.02
-    batch = task_of(task="rewrite", segment_len=4, questions=1).batch(generator(0, "train"), 4000, (20,))
+    batch = task_of(task="rewrite", segment_len=4, questions=1).samples(generator(0, "train"), 4000, 20)
     keys = batch.context[..., 0]
     written = (keys == batch.questions[:, :, 0]).sum(1)                          # how often the asked key was
     fair = [20 / len(set(row)) for row in keys.tolist()]                          # were keys drawn, not pairs
     assert abs(written.mean() - np.mean(fair)) < 0.05
+
+
+def test_a_stage_of_recall_has_all_lengths_up_to_its_own_and_long_ones_more_often():
+    made, rng = task_of(segment_len=4), generator(0, "train")
+    n = np.array([made.batch(rng, 1, (8,)).context.shape[1] for _ in range(4000)])
+    expected = [(k ** 2 - (k - 1) ** 2) / 64 for k in range(9)[1:]]               # the larger of two draws
+    assert np.abs(np.bincount(n, minlength=9)[1:] / 4000 - expected).max() < 0.03
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 64, 1000])
@@ -699,9 +651,8 @@ def describe(stories):
     """What section 8 of our notes counted in the published files: {name: number}, shares in per cent."""
     seen = defaultdict(list)                      # name, in which {} stands for what was counted -> all of it
     for story in stories:
-        lines = list(enumerate(story, start=1))
-        events = {n: parse(line.text) for n, line in lines if line.answer is None}
-        asked = [(n, line.text, line.support) for n, line in lines if line.answer is not None]
+        events = {n: parse(line.text) for n, line in enumerate(story, start=1) if line.answer is None}
+        asked = [(n, line.text, line.support) for n, line in enumerate(story, start=1) if line.answer]
         before = [sum(i < n for i in events) for n, _, _ in asked]
         causes = [events[support[0]] for _, _, support in asked]
         seen["lines of a story"].append(len(story))
@@ -960,17 +911,14 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, a
     facts, whole = [words.pad(fact, align) for fact in FACTS], text.ids[text.ids > 0]
     for seed in range(40):
         context = babilong.compose(generator(seed, "train"), facts, length, text)
-        ids = np.concatenate(context)
-        own = (ids > 3) & (ids < OWN_WORDS)                      # words of facts
-        starts = np.flatnonzero(own & ~np.append(False, own[:-1]))
-        told = np.zeros(len(ids), dtype=bool)
-        for start, fact in zip(starts, facts):
-            told[start:start + len(fact)] = True
-        assert ids[told].tolist() == sum(facts, []) and len(starts) == len(facts)
+        ids, begin = np.concatenate(context), np.cumsum([0, *map(len, context)])
+        starts = [at for at, piece in zip(begin, context) if 3 < piece[0] < OWN_WORDS]
+        assert [piece.tolist() for piece in context if 3 < piece[0] < OWN_WORDS] == facts
         assert words.count(ids) == max(length, OWN)
         assert all(np.shares_memory(piece, text.ids) for piece in context if piece[0] >= OWN_WORDS)
-        # the rest is the text from some sentence on, round and round; facts stand between sentences
-        inked = ~told & (ids > 0)
+        # the rest is the text from some sentence on, round and round, so no passage is read twice before all
+        # are read once; facts stand between sentences
+        inked = np.concatenate([(piece > 0) & (piece[0] >= OWN_WORDS) for piece in context])
         book = ids[inked]
         first = whole.tolist().index(book[0]) if len(book) else 0
         assert whole[first - 1] <= 3 and np.array_equal(book, np.resize(np.roll(whole, -first), len(book)))
@@ -985,7 +933,7 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, a
         assert np.std(places) == pytest.approx(1 / 12 ** 0.5, abs=0.05)
 
 
-def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_into_a_few_megabytes():
+def test_millions_of_words_are_composed_and_cut_in_a_few_megabytes():
     prose = babilong.Background([babilong.PROSE], "train", WORDS)
     tracemalloc.start()
     context = babilong.compose(generator(0, "train"), FACTS, 5_000_000, prose)
@@ -993,10 +941,6 @@ def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n_words == 5_000_000 and peak < 5e6
-    for seed in range(20):                       # entered anywhere, and all of it is read before any is again
-        runs = prose.runs(generator(seed, "train"), int(prose.n_words[-1]))
-        read = [i for first, last, _ in runs for i in range(first, last)]
-        assert sorted(read) == list(range(len(prose.begin) - 1))
 
 
 def test_a_sentence_that_looks_like_a_fact_is_none(library):
@@ -1033,14 +977,13 @@ def test_a_batch_asks_what_its_stories_tell(task, align, length, cut, library):
         lengths.add((batch.context.shape[2], bool(((eights[:, :-1] < 4) & (eights[:, 1:] > 3)).any())))
         for context, questions, answers in zip(*batch):
             ids = context.ravel().tolist()
-            facts, asked = spoken(ids, "."), {}
-            for kind in babi.everything(list(map(parse, facts))).values():
-                asked |= {question.strip(): answer for question, answer in kind.items()}
+            facts = spoken(ids, ".")
+            asked = {question.strip(): answer for kind in babi.everything([*map(parse, facts)]).values()
+                     for question, answer in kind.items()}
             assert not babi.is_published(facts)
-            for question, answer in zip(questions, answers[:, 0]):
-                if answer >= 0:
-                    assert WORDS.name(answer) == asked[spoken(question, "?")[0]]
-                    kinds.append(WORDS.name(answer))
+            said = [WORDS.name(i) for i in answers[answers >= 0]]
+            assert said == [asked[spoken(question, "?")[0]] for question in questions[answers[:, 0] >= 0]]
+            kinds += said
             n_facts.add(len(facts))
             read += [i in passages for i in ids if i >= OWN_WORDS]
     expected = ({(8, False)} if align else {(64, True)}) | {(T, True) for T in cut}
@@ -1052,8 +995,7 @@ def test_a_batch_asks_what_its_stories_tell(task, align, length, cut, library):
 
 @pytest.mark.parametrize("align", [0, 8])
 @pytest.mark.parametrize("task", babi.TASKS)
-def test_an_evaluation_asks_what_the_files_ask_in_another_book_at_the_exact_length(
-        task, align, library, tmp_path):
+def test_an_evaluation_asks_what_the_files_ask_in_another_book(task, align, library, tmp_path):
     stories = babi.simulate(random.Random(7), task, 30)
     (tmp_path / f"{task}_some-name_test.txt").write_text(write_stories(stories))
     config = train.Config(task=task, align=align, segment_len=8, eval_lengths="0,30,2000", eval_samples="30",
@@ -1090,16 +1032,12 @@ def test_released_samples_are_read_and_asked_and_bad_ones_named(tmp_path):
             task.released(file)
 
 
-KEYS = babilong.Words(passkey.WORDS)
-
-
-def told_keys(ids):
-    """All keys stated in a context, read off the words: [(where its sentence starts, digits, is it true)]."""
-    text, five = " ".join(KEYS.name(i) for i in ids), r"(\d \d \d \d \d)"
-    true = rf"the pass key is {five} \. remember it \. \1 is the pass key \."
-    false = rf"a false key is {five} \. forget it \."
-    found = [(m.start(), m[1], True) for m in re.finditer(true, text)]
-    return sorted(found + [(m.start(), m[1], False) for m in re.finditer(false, text)])
+def told_keys(text):
+    """All keys stated in a text: [(where its sentence starts, digits, is it true)]."""
+    five = r"(\d \d \d \d \d)"
+    stated = (rf"the pass key is {five} \. remember it \. \1 is the pass key \."
+              rf"|a false key is {five} \. forget it \.")
+    return [(m.start(), m[1] or m[2], m[1] is not None) for m in re.finditer(stated, text)]
 
 
 @pytest.mark.parametrize("task", passkey.KINDS)
@@ -1108,7 +1046,7 @@ def test_a_pass_key_is_stated_as_its_kind_says_in_exactly_the_tokens_asked_for(t
     questions, left_out = made.questions(dict(length=4, n=60))
     for question in questions:
         ids = np.concatenate(question.context)
-        told, answer = told_keys(ids), " ".join(KEYS.name(i) for i in question.answer)
+        told, answer = told_keys(made.show(ids)), made.show(question.answer)
         true = [digits for _, digits, is_true in told if is_true]
         assert len(ids) == 4 * 32 and len(told) == {"passkey-decoys": 4, "passkey-rewritten": 3}.get(task, 1)
         assert told[0][2] and answer == true[-1 if task == "passkey-rewritten" else 0]
@@ -1118,22 +1056,18 @@ def test_a_pass_key_is_stated_as_its_kind_says_in_exactly_the_tokens_asked_for(t
     batch = made.batch(generator(0, "train", 0), 5, (6,))
     assert batch.context.shape[2] == 32 and batch.answers.shape == (5, 1, 5)
     for context, answer in zip(batch.context, batch.answers[:, 0]):
-        stated = [digits for _, digits, _ in told_keys(context.ravel())]
-        assert " ".join(KEYS.name(i) for i in answer) in stated
+        assert made.show(answer) in [digits for _, digits, _ in told_keys(made.show(context.ravel()))]
 
 
-def test_an_answer_of_five_digits_asked_after_correct_ones_tells_the_same_as_letting_the_model_write_it():
+def test_each_digit_of_an_answer_is_asked_after_the_correct_ones_before_it():
     made = task_of(task="passkey", segment_len=32)
-    model = tiny("fam", vocab_size=KEYS.size, segment_len=32)
+    model = tiny("fam", vocab_size=made.vocab_size, segment_len=32)
     questions, _ = made.questions(dict(length=2, n=5))
     for question, said in zip(questions, train.answer(model, questions, "cpu", tqdm(disable=True))):
         _, _, state = model(torch.tensor(np.concatenate(question.context))[None])
         right = [*question.question, *question.answer[:-1]]
         assert said == [model(torch.tensor(right[:n])[None], state=state)[0].argmax().item()
                         for n in range(10, 15)]
-        written = model.generate(torch.tensor(question.question)[None], 5, state, temperature=0)
-        question = question._replace(answer=written[0, 10:].tolist())
-        assert train.answer(model, [question], "cpu", tqdm(disable=True)) == [question.answer]
 
 
 # --- 3. train.py: flags, folders, stopping and continuing ---------------------------------------------------
@@ -1162,21 +1096,10 @@ def rows_of(folder, *kinds):
             for row in files.read_rows(folder) if row["kind"] in (kinds or ("train", "eval", "final"))]
 
 
-def checkpoint_of(folder):
-    """Model, optimizers and progress, but for the seconds."""
-    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    checkpoint["progress"]["seconds"] = 0.0
-    return checkpoint
-
-
-def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_memory(capsys):
+def test_there_are_at_most_forty_flags(capsys):
     with pytest.raises(SystemExit):
         run("train --help")
-    text = capsys.readouterr().out
-    assert len(re.findall(r"^  --", text, re.M)) <= 40
-    for name, Memory in MEMORIES.items():
-        (line,) = re.findall(rf"^  {name} .*$", text, re.M)
-        assert all(word in line for word in [*Memory.options, *Memory.ablations])
+    assert len(re.findall(r"^  --", capsys.readouterr().out, re.M)) <= 40
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -1195,30 +1118,26 @@ def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("half_price", [0.0, 0.1])
-def test_the_price_is_zero_where_nothing_changes_and_else_the_documented_sum(half_price):
+def test_the_price_is_the_documented_sum_and_zero_for_a_cache_that_grows():
     made = task_of(task="qa1", align=8, segment_len=8)
     batch = made.batch(generator(0, "train"), 4, (3, 20))
     sizes = dict(vocab_size=made.vocab_size, segment_len=8)
-    shut(still := tiny("armt", "delta", gate="hardsigmoid", **sizes))
-    for model in (still, tiny("none", **sizes), tiny("full", **sizes)):       # a cache grows: no price
-        assert train.BatchLoss(model, "cpu")(batch, 1.0, half_price)[1] == 0
+    for model in (tiny("none", **sizes), tiny("full", **sizes)):              # a cache grows: no price
+        assert train.BatchLoss(model, "cpu")(batch, 1.0)[1] == 0
     model = tiny("armt", **sizes)
-    loss, written, row, correct, _ = train.BatchLoss(model, "cpu")(batch, 0.5, half_price)
+    loss, written, row, correct, _ = train.BatchLoss(model, "cpu")(batch, 0.5)
     state, by_hand = model.init_state(4), 0.0
     for segment in torch.from_numpy(batch.context).unbind(1):
         _, _, new = model(segment, state=state)
         for old, now in zip(armt.tensors(state), armt.tensors(new)):
-            for b in range(4):
-                size, way = (x.double().square().sum().sqrt().item() for x in (old[b], now[b] - old[b]))
-                moved = way / (1 + size)
-                by_hand += 0.5 * (moved / (half_price + moved) if half_price else moved) / 4
+            moved = torch.stack([(b - a).norm() / (1 + a.norm()) for a, b in zip(old, now)])         # (4,)
+            by_hand += (0.5 * moved / (0.1 + moved)).mean().item()
         state = new
     assert written.item() == pytest.approx(by_hand, rel=1e-4) and by_hand > 0.1
     assert len(row) == len(correct) == (batch.answers >= 0).sum()
     assert train.BatchLoss(model, "cpu")(batch)[0] == loss
     new = train.BatchLoss(model, "cpu")(batch, state=state)[-1]            # --pass_state: it is read on
-    assert_same(new, model(torch.from_numpy(batch.context).flatten(1), state=state)[2])
+    assert_close(new, model(torch.from_numpy(batch.context).flatten(1), state=state)[2], 0)
 
 
 @pytest.mark.parametrize("extra", ["--muon_lr 0", "--memory fam --window 1 --pass_state 0.5",
@@ -1240,7 +1159,9 @@ def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
         assert "the same command continues" in capsys.readouterr().out
     for _ in range(2):                                                     # the second time changes nothing
         run(f"{command} {parts}")
-        assert_same(checkpoint_of(whole), checkpoint_of(parts))
+        one, two = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (whole, parts))
+        one["progress"]["seconds"] = two["progress"]["seconds"]
+        assert_close(one, two, 0)
         assert rows_of(whole) == rows_of(parts)
     assert next(steps) == 25 + 12                                          # no step was made twice
     assert "--seed" in fails(capsys, f"{command} {parts} --seed 7")
@@ -1277,7 +1198,7 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
-    command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 30 --eval_lengths 2"
+    command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2"
     said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
     assert "--lr" in said and "step" in said and "stage 2" in said
     said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
@@ -1296,6 +1217,7 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     for like in (first, result):
         run(f"train --like {like} --out_dir {tmp_path / 'again'}{like.suffix}")
         assert rows_of(first) == rows_of(f"{tmp_path / 'again'}{like.suffix}")
+    assert "--facts" in fails(capsys, f"sample --out_dir {first} --facts 'Mary left.'")
     assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
     other = "--task passkey --segment_len 32"
     assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
@@ -1320,9 +1242,7 @@ def test_two_processes_train_as_one_does(tmp_path):
                f"--out_dir {tmp_path}")
     run(f"{command}/one")
     launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 train.py {command[6:]}/two"
-    done = subprocess.run([sys.executable, *launch.split()], cwd=TOP, timeout=300, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout[-3000:]
+    subprocess.run([sys.executable, *launch.split()], cwd=TOP, timeout=300, check=True)
     one, two = (rows_of(tmp_path / name, "train", "eval") for name in ("one", "two"))
     assert [row["accuracy"] for row in one] == [row["accuracy"] for row in two]
     one, two = ([row["loss"] for row in rows if "loss" in row] for rows in (one, two))
@@ -1331,12 +1251,11 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
     compiler = torch.compile
-    without_c = lambda f, mode=None, **how: compiler(f, backend="aot_eager", **how)     # no C++
-    monkeypatch.setattr(torch, "compile", without_c)
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
     for flag in "01":
         run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
             f"--out_dir {tmp_path / flag}")
-    assert_close(*(dict(checkpoint_of(tmp_path / flag)["model"]) for flag in "01"), 1e-3)
+    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
 
 
 # --- 4. sample.py: a memory that is told, reads, and is asked -----------------------------------------------
@@ -1351,28 +1270,26 @@ def test_reading_fast_gives_the_state_of_reading_one_segment_after_another(memor
 
 
 def test_segments_that_write_nothing_are_read_side_by_side_and_not_again(monkeypatch):
-    """The gates are set so that only token 0 opens them: it is at the places that `loud` names."""
-    model, rows = tiny("armt", "delta", gate="hardsigmoid").double(), []
-    text = 1 + some_text(40 * T, rows=1) % (V - 1)
-    for block in model.memory.blocks:
-        block.register_forward_pre_hook(lambda block, args: setattr(block, "loud", args[0][:, :1, 0] > 50))
-        block.gate = lambda x, block=block: block.loud[..., None] * torch.ones_like(x)
-    model.wte.weight.data[0, 0] = 100.0                            # large enough to be seen above all layers
-    model.memory.register_forward_pre_hook(lambda memory, args: rows.append(len(args[0])))
+    empty, rows = torch.ones(1, 1).double(), []
+
+    def model(idx, state):
+        """A memory of one number, which only segments that begin with 0 change."""
+        rows.append(len(idx))
+        return None, None, torch.where(idx[:, :1] == 0, 3 * state + idx[:, 1:2], state)
+
     for loud, expected in (([], [1, 2, 4, 8, 16, 9]), ([0], [1, 1, 2, 4, 8, 16, 8]),
                            ([5, 6, 39], [1, 2, 4, 1, 1, 1, 2, 4, 8, 16, 2, 1]), (list(range(40)), [1] * 40)):
-        idx, quiet = text.clone(), set()
-        idx[0, [T * i for i in loud]] = 0
-        _, _, whole = model(idx)
+        segments, quiet, whole = 1 + some_text(40 * T, rows=1).view(-1, T) % (V - 1), set(), empty
+        segments[loud, 0] = 0
+        for segment in segments:
+            _, _, whole = model(segment[None], whole)
         for numbers in (expected, [1] * len(loud)):              # what is known to be quiet is not read again
             rows.clear()
-            state, wrote = sample.read_fast(model, idx.view(-1, T), model.init_state(1), quiet)
-            assert rows == numbers and [*wrote] == loud
-            assert_close(state, whole)
+            state, wrote = sample.read_fast(model, segments, empty, quiet)
+            assert state == whole and rows == numbers and [*wrote] == loud
         monkeypatch.setattr(sample, "MOST_QUIET", 8)             # a full list begins anew: the same answers
         quiet = set()
-        assert_close(sample.read_fast(model, idx.view(-1, T), model.init_state(1), quiet)[0], whole)
-        assert len(quiet) <= 8 + 16
+        assert sample.read_fast(model, segments, empty, quiet)[0] == whole and len(quiet) <= 8 + 16
         monkeypatch.undo()
 
 
@@ -1401,7 +1318,6 @@ def test_telling_in_two_calls_equals_telling_in_one_and_asking_changes_nothing(a
         assert one.words_read == other.words_read == WORDS.count(WORDS.encode(text))
         assert one.tail == other.tail
         assert_close(one.state, other.state, 1e-5)
-        assert_close(one.ask("Where is Mary?"), other.ask("Where is Mary?"), 1e-6)
 
 
 def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused(qa, capsys):
@@ -1415,10 +1331,8 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     assert said[0] == said[2] and len(said[0]) == 2 and said[1] == []
     good = torch.load(good, weights_only=True)
     state, tail, words_read = good["memory"]
-    for change in (dict(seal="x"), dict(memory=()), dict(memory=((), tail, words_read)),
-                   dict(memory=(state, tail, words_read + 1)), dict(memory=(state, "tail", words_read)),
-                   *(dict(memory=(armt.state_map(f, state), tail, words_read))
-                     for f in (lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
+    for change in (dict(seal="x"), dict(memory=()), dict(memory=(state, tail, words_read + 1)),
+                   dict(memory=(armt.state_map(torch.Tensor.half, state), tail, words_read))):
         torch.save(good | change, qa / "bad.pt")
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
@@ -1429,8 +1343,7 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
         assert named in fails(capsys, f"{command} {flag} {ask}")
 
 
-def test_a_conversation_says_what_it_does_not_know_and_what_was_written_can_be_shown(
-        qa, tmp_path, capsys, monkeypatch):
+def test_a_conversation_says_what_it_does_not_know_and_shows_what_was_written(qa, capsys, monkeypatch):
     lines = iter(["Napoleon went to the kitchen.", "Where is Mary?", f"read {qa / 'book.txt'}",
                   "read nowhere.txt", "forget", "hm", "Where is ?", "quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -1441,11 +1354,6 @@ def test_a_conversation_says_what_it_does_not_know_and_what_was_written_can_be_s
     run(f"sample --out_dir {qa / 'run'} --facts 'Mary left.' --read {qa / 'book.txt'} --written")
     strip, said, *most = capsys.readouterr().out.strip().splitlines()
     assert strip[0] == strip[-1] == "|" and len(strip) <= 74 and "segments" in said and len(most) == 5
-    run(f"{FAST} --stages 2 --eval_lengths 2 --out_dir {tmp_path}")
-    capsys.readouterr()
-    run(f"sample --out_dir {tmp_path} --samples 3")
-    assert capsys.readouterr().out.count("->") == 3
-    assert "--facts" in fails(capsys, f"sample --out_dir {tmp_path} --facts 'Mary left.'")
     assert "--samples" in fails(capsys, f"sample --out_dir {qa / 'run'} --samples 3")
 
 
@@ -1506,11 +1414,9 @@ def test_the_shipped_memory_answers_all_five_kinds_of_question_and_says_what_it_
              {"Where is Mary?": "garden", "Where is John?": "office", "Where is the milk?": "garden",
               "Where was the milk before the garden?": "kitchen", "Where is the football?": "unknown"}),
             ("The office is north of the kitchen. The garden is south of the kitchen.",
-             {"What is north of the kitchen?": "office", "What is the kitchen north of?": "garden",
-              "What is the office north of?": "kitchen"}),
+             {"What is north of the kitchen?": "office", "What is the kitchen north of?": "garden"}),
             ("Fred picked up the milk there. Jeff went to the office. Fred passed the milk to Bill.",
-             {"Who gave the milk to Bill?": "Fred", "What did Fred give to Bill?": "milk",
-              "Who received the milk?": "Bill"})):
+             {"Who gave the milk to Bill?": "Fred", "What did Fred give to Bill?": "milk"})):
         sample.main(["--json", "--facts", facts, "--ask", *asked])
         said = capsys.readouterr().out.splitlines()
         assert [json.loads(line)["answer"] for line in said] == [*asked.values()]
@@ -1524,8 +1430,7 @@ def test_every_command_of_the_readme_parses(monkeypatch):
     found = []
     for path in [TOP / "README.md", *(TOP / "results").rglob("*.md")]:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        blocks = re.findall(r"```sh\n(.*?)```", text, re.S) + re.findall(r"`(python [^`\n]+)`", text)
-        found += re.findall(r"python (train|sample)\.py(.*?)(?:#.*|&&.*|;.*)?$", "\n".join(blocks), re.M)
+        found += re.findall(r"python (train|sample)\.py(.*?)(?:`|#|&&|;|$)", text, re.M)
     assert len(found) > 10
     for program, argv in found:
         if program == "sample":
@@ -1562,9 +1467,6 @@ def test_the_memory_in_the_readme_trains_and_can_be_used(tmp_path):
 
 
 @pytest.mark.slow
-def test_armt_learns_four_pairs_from_scratch_and_none_does_not(tmp_path):
-    command = "train --device cpu --stages 2,4 --last_steps 100 --eval_lengths 4 --eval_samples 1000"
-    run(f"{command} --out_dir {tmp_path / 'armt'}")
-    assert rows_of(tmp_path / "armt", "eval")[0]["accuracy"] > 0.97
-    run(f"{command} --memory none --stage_steps 60 --out_dir {tmp_path / 'none'}")
-    assert rows_of(tmp_path / "none", "eval")[0]["accuracy"] < 0.15          # chance is 1/16
+def test_armt_learns_four_pairs_from_scratch(tmp_path):
+    run(f"train --device cpu --stages 2,4 --last_steps 100 --eval_lengths 4 --out_dir {tmp_path}")
+    assert rows_of(tmp_path, "eval")[0]["accuracy"] > 0.97

@@ -47,7 +47,7 @@ class Config(GPTConfig):
     # the task
     vocab: list = ()                # set by the task: the words with ids of their own
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
-    stages: str = "2,4,8,16"        # the curriculum: pairs, segments (passkey), facts/words/segment_len (qa)
+    stages: str = "2,4,8,16"        # curriculum: most pairs, segments (passkey), facts/words/segment_len (qa)
     questions: int = 4              # recall: questions about a sample
     align: int = 0                  # qa: sentences begin segments; below segment_len: only in training
     decoys: float = 0.0             # qa: share of the training background that looks like facts
@@ -56,8 +56,7 @@ class Config(GPTConfig):
     stage_steps: int = 3000         # step limit of any stage but the last; the run ends there
     learned: float = 0.98           # running accuracy, of the task's worst part, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
-    price: float = 0.0              # weight, in the last stage, of a penalty on changes of the memory
-    half_price: float = 0.0         # change at which half of the price is due; above 0 the price rises, too
+    price: float = 0.0              # weight, at the end of the last stage, of a penalty on memory changes
     pass_state: float = 0.0         # recall, passkey: share of last-stage batches that keep the state before
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
@@ -83,6 +82,7 @@ LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")   
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
+HALF_PRICE = 0.1                 # change of a tensor of the memory at which half of the price is due
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 
 
@@ -130,28 +130,26 @@ def parse(argv):
 def grid(like, given):
     """All runs that the flags ask for, checked: a list of Config, each with its own folder as out_dir."""
     base, configs, refused = asdict(read_config(like)) if like else {}, [], []
-    base = {name: value for name, value in base.items() if name not in ("out_dir", "vocab")}
     varied = [name for name, values in given.items() if len(values) > 1]
     if "out_dir" in varied:
         raise ValueError("--out_dir: name one folder; the runs of a grid have folders of their own in it")
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values))
-        c = Config(**{**find(chosen.get("task", base.get("task", Config.task)))[1], **base, **chosen})
+        settings = find(chosen.get("task", base.get("task", Config.task)))[1]
+        c = Config(**{**settings, **base, "vocab": [], "out_dir": "", **chosen})
         options = getattr(MEMORIES.get(c.memory), "options", {})
-        for name in OPTIONAL:
-            if name not in chosen and name not in options:      # a task, or --like, has it for another memory
-                setattr(c, name, None)
-        try:
-            configs.append(check(c, chosen))
-        except ValueError as e:                                  # some combinations of a grid cannot be
-            refused.append(e)
-            continue
+        for name in set(OPTIONAL) - {*chosen, *options}:        # a task, or --like, has it for another memory
+            setattr(c, name, None)
         name = [Path(like).name.removesuffix(".json").rsplit("-seed")[0]] if like else [c.task, c.memory]
         shown = {"ablate", *varied} - ({"seed"} if like else {"seed", "task", "memory"})
         name += [str(value) if flag == "ablate" else f"{flag}{value}" for flag, value in chosen.items()
                  if flag in shown]
         if varied or not c.out_dir:
-            configs[-1].out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
+            c.out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
+        try:
+            configs.append(check(c, chosen))
+        except ValueError as e:                                  # some combinations of a grid cannot be
+            refused.append(e)
     if not configs:
         raise refused[-1]
     print("".join(f"skipped: {e}\n" for e in refused), end="")
@@ -178,9 +176,8 @@ def check(c, chosen, training=True):
     """The config with the memory's defaults. ValueError names a flag that cannot be, or does not apply."""
     most = 10 ** 9
     ranges = dict(questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, most), learned=(0, 1),
-                  last_steps=(1, most), price=(0, most), half_price=(0, most), pass_state=(0, 1),
-                  batch_size=(1, most), lr=(0, 100), muon_lr=(0, 100), seed=(0, 2 ** 32 - 1), compile=(0, 1),
-                  threads=(0, 1024))
+                  last_steps=(1, most), price=(0, most), pass_state=(0, 1), batch_size=(1, most),
+                  lr=(0, 100), muon_lr=(0, 100), seed=(0, 2 ** 32 - 1), compile=(0, 1), threads=(0, 1024))
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:                  # nan is refused, too
             raise ValueError(f"--{name}: {getattr(c, name)} is not between {low} and {high:,}")
@@ -243,8 +240,6 @@ def load(folder, device="cpu"):
         checkpoint = torch.load(Path(folder, "ckpt.pt"), map_location=device, weights_only=True)
         model = GPT(config).to(device)
         model.load_state_dict(checkpoint["model"])       # float16 weights become float32 here
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no run: ckpt.pt is missing") from None
     except Exception as e:                               # torch.load can raise almost anything
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
         raise ValueError(f"{folder} does not hold a whole run of this program ({why})") from None
@@ -259,23 +254,13 @@ def save(folder, config, **checkpoint):
         write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
 
 
-def save_run(c, model, optimizers, progress):
-    """A checkpoint that training can continue from."""
-    save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-         progress=progress)
-
-
 # --- Training -----------------------------------------------------------------------------------------------
 
-def change(old, new, half_price=0.0):
-    """
-    How far a memory moved: (B,), the sum over its tensors of m = |new - old| / (1 + |old|), or with a half
-    price h of m / (h + m), which small changes raise most. A cache that grows is left out.
-    """
+def changes(old, new):
+    """How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor; of a cache that grew none."""
     size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
-    pairs = [(a, b) for a, b in zip(tensors(old), tensors(new)) if a.shape == b.shape]
-    moved = (size(b - a) / (1 + size(a).detach()) for a, b in pairs)
-    return sum((m / (half_price + m) if half_price else m for m in moved), torch.zeros(()))
+    return [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new))
+            if a.shape == b.shape]
 
 
 def ask(model, questions, answers, state):
@@ -296,7 +281,7 @@ class BatchLoss(torch.nn.Module):
         super().__init__()
         self.model, self.device = model, device
 
-    def forward(self, batch, price=0.0, half_price=0.0, state=None):
+    def forward(self, batch, price=0.0, state=None):
         """
         Read a Batch once, then ask every question about it: mean loss of the questions, price of what was
         written, as numpy arrays (q,) the row of each question and whether its answer was correct, new state.
@@ -310,7 +295,8 @@ class BatchLoss(torch.nn.Module):
         for segment in context.unbind(1):
             _, new = self.model.memory(self.model.wte(segment), state)
             if price:
-                written = written + price * change(state, new, half_price).mean()
+                # m / (HALF_PRICE + m): many small changes cost more than a large one
+                written = written + price * sum((m / (HALF_PRICE + m)).mean() for m in changes(state, new))
             state = new
         asked = torch.from_numpy(row).to(self.device)
         logits, loss = ask(self.model, questions, answers, state_map(lambda s: s[asked], state))
@@ -345,8 +331,8 @@ def train(c, model, task, device, optimizers, p):
     the progress: whatever a step changes is in it, in the model or in the optimizers, and so in the
     checkpoint.
     """
-    stages, parts, stop, failed, saved = numbers("stages", c.stages), task.rows, [], 0, time.time()
-    names, batch_loss = ["/".join(map(str, stage)) for stage in stages], BatchLoss(model, device)
+    names, stages, parts = c.stages.split(","), numbers("stages", c.stages), task.rows
+    batch_loss, stop, failed, saved = BatchLoss(model, device), [], 0, 0.0
     if WORLD > 1:
         batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
@@ -355,10 +341,9 @@ def train(c, model, task, device, optimizers, p):
     while not p["done"] and not stop:
         stage, last, began = p["stage"], p["stage"] + 1 == len(stages), time.time()
 
-        # learning rate: it rises in the first steps and falls to zero in the last stage, which has a price
+        # learning rate: it rises in the first steps and falls to zero in the last stage, as the price rises
         through = p["stage_step"] / c.last_steps if last else 0.0
         rate = min(1.0, (p["step"] + 1) / (WARMUP + 1)) * (1 - through)
-        price = c.price * (through if c.half_price else last)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.zero_grad(set_to_none=True)
@@ -370,15 +355,15 @@ def train(c, model, task, device, optimizers, p):
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
-            loss, written, row, correct, state = batch_loss(mine, price, c.half_price, before)
+            loss, written, row, correct, state = batch_loss(mine, c.price * through, before)
         p["state"] = state_map(torch.Tensor.detach, state) if c.pass_state else None
         (loss * share + written).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        failed = 0 if norm.isfinite() else failed + 1
+        finite = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite()
+        failed = max(0, failed - 1) if finite else failed + 1
         if failed == 20:
-            raise ValueError(f"the loss is not finite since step {p['step'] - 19}, in stage {names[stage]}: "
+            raise ValueError(f"the loss is not finite any more, at step {p['step']} in stage {names[stage]}: "
                              f"try a smaller --lr or --muon_lr")
-        for optimizer in optimizers if not failed else ():
+        for optimizer in optimizers if finite else ():
             optimizer.step()
 
         # what all processes found; accuracy of each part of the task
@@ -412,8 +397,9 @@ def train(c, model, task, device, optimizers, p):
                     loss=round(loss, 5) if math.isfinite(loss) else None,
                     accuracy={part: round(right, 4) for part, right in shares.items()})
         if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
-            save_run(c, model, optimizers, p)
-            saved = time.time()
+            save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                 progress=p)
+            saved = time.time()                          # the first step is saved, too
     bar.close()
     signal.signal(signal.SIGINT, handler)
     if p["done"] and not p["learned"]:
@@ -442,9 +428,7 @@ def evaluate(c, model, task, device, answer=answer):
     model.config.segment_len = c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # without half a last row
     done = [row["cell"] for row in rows if row["kind"] == "eval"]
-    for cell in task.cells(c):
-        if cell in done:
-            continue
+    for cell in [cell for cell in task.cells(c) if cell not in done]:
         (questions, left_out), said, began = task.questions(cell), [], time.time()
         tokens = sum(len(piece) for q in questions for piece in q.context)
         with tqdm(total=tokens, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
@@ -491,8 +475,6 @@ def one_run(c):
             print(f"{folder}: continues at step {progress['step']}")
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
-    else:
-        save_run(c, model, optimizers, progress)
     with torch.no_grad():
         tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
         state = model(torch.zeros(1, tokens, dtype=torch.long, device=device))[2]
@@ -509,8 +491,7 @@ def one_run(c):
     if RANK == 0:
         evaluate(c, model, task, device)
         if not any(row["kind"] == "final" for row in rows):
-            stage = numbers("stages", c.stages)[progress["stage"]]
-            add_row(folder, kind="final", **sizes, stage="/".join(map(str, stage)),
+            add_row(folder, kind="final", **sizes, stage=c.stages.split(",")[progress["stage"]],
                     **{name: progress[name] for name in ("step", "seconds", "learned")})
     return True
 

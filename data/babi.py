@@ -299,51 +299,45 @@ def simulate(dice, task, n_stories):
 
 # --- All that a text answers --------------------------------------------------------------------------------
 
-class Spot:
-    """Where somebody or something is: a place, or one not named so far. Two may prove to be the same."""
-
-    def __init__(self, place=UNKNOWN):
-        self.place, self.same = place, None
-
-    def root(self):
-        return self if self.same is None else self.same.root()
-
-    def meet(self, other):
-        a, b = sorted((self.root(), other.root()), key=lambda spot: spot.place == UNKNOWN)
-        if a is not b:
-            b.same = a
-
-
 def everything(events):
     """
     All questions about all people, things and places: {task: {question: answer}}, UNKNOWN where the events do
     not say. A thing is where its holder is; whoever picks it up is where it lay, whoever is given it is where
     the giver is.
     """
-    at, holder, way, gave, lies = defaultdict(Spot), {}, defaultdict(list), {}, {}
+    new, holder, way, gave, lies = itertools.count(), {}, defaultdict(list), {}, {}
+    at = defaultdict(lambda: next(new))                # a place, or a number as long as it is not named
+
+    def meet(a, b):
+        """The spots a and b prove to be the same."""
+        a, b = sorted((a, b), key=lambda spot: isinstance(spot, str))
+        at.update({who: b for who in at if at[who] == a})
+        way.update({thing: [b if spot == a else spot for spot in spots] for thing, spots in way.items()})
+
     for action, who, what, place, to, _ in events:
         if action == "lies":
             lies[what, place], lies[OPPOSITE[what], who] = who, place
             continue
         if action == "move":
-            at[who] = Spot(place)
+            at[who] = place
         elif action == "give":
-            at[who].meet(at[to])
+            meet(at[who], at[to])
             gave[f"What did {who} give to {to}? "], gave[f"Who gave the {what} to {to}? "] = what, who
             gave[f"Who did {who} give the {what} to? "] = gave[f"Who received the {what}? "] = to
             gave[f"Who gave the {what}? "] = who
         elif action == "get" and what in way and not holder[what]:
-            at[who].meet(way[what][-1])
+            meet(at[who], way[what][-1])
         if action != "move":
             holder[what] = dict(get=who, drop=None, give=to)[action]
             way[what].append(at[who])                          # all spots where it has been, one by one
         for thing in way if action == "move" else ():
             if holder[thing] == who:
                 way[thing].append(at[who])
-    been = {thing: [spot.place for spot, _ in itertools.groupby(way[thing], Spot.root)] for thing in THINGS}
+    named = lambda spot: spot if isinstance(spot, str) else UNKNOWN
+    been = {thing: [named(spot) for spot, _ in itertools.groupby(way[thing])] for thing in THINGS}
     people, asked = dict.fromkeys([*ACTORS, *GIVERS]), {task: {} for task in TASKS}
     for who in people:
-        asked["qa1"][f"Where is {who}? "] = at[who].root().place
+        asked["qa1"][f"Where is {who}? "] = named(at[who])
     for thing, places in been.items():
         asked["qa2"][f"Where is the {thing}? "] = places[-1] if places else UNKNOWN
         for place in PLACES:                                   # the place before its last stay there

@@ -18,7 +18,6 @@ import http.client
 import os
 import re
 import tarfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -57,13 +56,10 @@ def fetch(url, path):
                 while block := answer.read(1 << 16):
                     file.write(block)
                     bar.update(len(block))
-    except urllib.error.HTTPError as e:
-        if e.code == 416:                                       # there is nothing after what we have
-            part.unlink()
-        raise ValueError(f"{url}: the server says {e.code} {e.reason}; is there a network?") from None
     except (OSError, http.client.HTTPException) as e:           # no network, a broken line, a full disk
-        raise ValueError(f"{url}: {getattr(e, 'reason', e)}; is there a network? "
-                         f"The same command continues") from None
+        if getattr(e, "code", 0) == 416:                        # there is nothing after what we have
+            part.unlink()
+        raise ValueError(f"{url}: {e}; is there a network? The same command continues") from None
     if total is not None and part.stat().st_size != total:
         raise ValueError(f"{url}: broke off after {part.stat().st_size:,} of {total:,} bytes; "
                          f"the same command continues")
@@ -85,7 +81,7 @@ def unpack(archive, wanted, folder):
         if hashlib.sha256(found.get(name, b"")).hexdigest() != digest:
             raise ValueError(f"{archive}: {name} is not the published file, or missing (its SHA-256 differs)")
     for name, content in found.items():
-        write(folder / name, content)
+        write_atomically(folder / name, lambda path: path.write_bytes(content))
 
 
 def clean(text, title, size, name):
@@ -96,11 +92,6 @@ def clean(text, title, size, name):
     if not frame or not 0.9 * size < len(frame[1].encode()) < 1.2 * size:
         raise ValueError(f"{name}: expected about {size:,} bytes between the lines *** START and *** END")
     return (frame[1].replace("\r\n", "\n").strip() + "\n").encode()
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def main(argv=None):
@@ -130,7 +121,8 @@ def main(argv=None):
                 fetch(GUTENBERG.format(number=number), raw)
                 text = raw.read_bytes().decode("utf-8", errors="replace")
                 raw.unlink()
-                write(path, clean(text, title, size, path.name))
+                content = clean(text, title, size, path.name)
+                write_atomically(path, lambda temporary: temporary.write_bytes(content))
             print(f"{path}: {title}")
         print(f"next: python train.py --eval_only --out_dir data/pretrained --babi_dir {out / 'babi'} "
               f"--eval_text {out / 'novels' / 'middlemarch.txt'} --eval_lengths 0,1k,4k --eval_samples 100")

@@ -30,7 +30,7 @@ def spell(keys, key_size):
 
 
 class Recall:
-    """The task; for the methods see data/__init__.py. A stage is (pairs,), a length is pairs."""
+    """The task; for the methods see data/__init__.py. A stage is (most pairs,), a length is pairs."""
     vocab_size, vocab, kind, rows = END + 1, [], "recall", [""]
 
     def __init__(self, config):
@@ -48,8 +48,12 @@ class Recall:
                                  f"that these --stages have")
 
     def batch(self, rng, size, stage):
-        """`size` samples of n pairs, with --questions questions each."""
-        (n_pairs,), n_keys = stage, ALPHABET ** self.key_size
+        """`size` samples of one length, the larger of two draws: most are long, and short ones stay known."""
+        return self.samples(rng, size, int(rng.integers(1, stage[0] + 1, size=2).max()))
+
+    def samples(self, rng, size, n_pairs):
+        """`size` samples of n pairs, with --questions questions each: a Batch"""
+        n_keys = ALPHABET ** self.key_size
         if self.rewrite:
             keys = rng.integers(n_keys, size=(size, n_pairs))                                         # (B, n)
         else:
@@ -74,7 +78,7 @@ class Recall:
     def questions(self, cell):
         """Fresh samples, with one question each."""
         length, n = cell["length"], cell["n"]
-        b = self.batch(generator(0, "test", length, n), n, (length,))
+        b = self.samples(generator(0, "test", length, n), n, length)
         return [Question([c.ravel()], q, a.tolist())
                 for c, q, a in zip(b.context, b.questions[:, 0], b.answers[:, 0])], 0
 

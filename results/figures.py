@@ -66,11 +66,11 @@ def line(axis, cells, **style):
     axis.plot(x, [statistics.mean(v) for v in cells.values()], **style)
 
 
-def save(figure, name):
+def save(figure, file):
     figure.tight_layout()
-    figure.savefig(HERE / "figures" / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None} if str(file).endswith(".svg") else {})
     plt.close(figure)
-    print(HERE / "figures" / f"{name}.svg")
+    print(file)
 
 
 def pairs():
@@ -94,16 +94,14 @@ def pairs():
         axis.set(xlabel=title, ylim=(-2, 103))
     axes[0].set_ylabel("accuracy, % (mean, and all of three seeds)")
     axes[1].legend(*axes[0].get_legend_handles_labels(), ncol=2, frameon=False, fontsize=9, loc=(0.02, 0.4))
-    save(figure, "pairs")
+    save(figure, HERE / "figures" / "pairs.svg")
 
 
 def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
-    looks = {("babilong", "babilong-armt", 8): ("#d62728", "D", "-", "here, four novels"),
-             ("cut", "babilong-armt-later", 64): ("#8e44ad", "o", "-.", "here, cut anywhere: later"),
-             ("cut", "babilong-armt-mixed", 64): ("#777777", "^", ":", "here, cut anywhere: mixed"),
-             ("one_book", "joint-armt", 8): ("#ff8c00", ".", "--", "here, one book that repeats")}
+    looks = {("babilong", "babilong-armt", 8): ("#d62728", "D", "-", "here, a sentence a segment"),
+             ("cut", "babilong-armt", 64): ("#8e44ad", "o", "-.", "here, cut anywhere")}
     found = {folder: groups(HERE / folder) for folder, _, _ in looks}
     for axis, part in zip(axes, PAPER):
         for (folder, name, tokens), (color, marker, dashes, label) in looks.items():
@@ -119,7 +117,7 @@ def words():
         axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
     axes[0].set_ylabel("accuracy, %")
     axes[3].legend(frameon=False, fontsize=9, loc="lower left")
-    save(figure, "words")
+    save(figure, HERE / "figures" / "words.svg")
 
 
 def forget():
@@ -150,7 +148,7 @@ def forget():
     axes[0].set(ylabel="accuracy, % (mean, and all seeds)", ylim=(0, 103))
     axes[1].set(ylabel="change of the memory, of its size", yscale="symlog", ylim=(0, None))
     axes[1].legend(frameon=False, fontsize=9, loc="upper left")
-    save(figure, "forget")
+    save(figure, HERE / "figures" / "forget.svg")
 
 
 def curve():
@@ -166,7 +164,7 @@ def curve():
     axis.axhline(0.6931, color="#888888", linestyle=":")
     axis.text(steps[-1], 0.72, "ln 2: one of two values seen", ha="right", fontsize=8)
     axis.set(xlabel="step (a line begins a stage, with its pairs)", ylabel="loss", ylim=(0, 3.1))
-    save(figure, "curve")
+    save(figure, HERE / "figures" / "curve.svg")
 
 
 def stored(runs):
@@ -205,7 +203,7 @@ def capacity():
     axes[0].set_ylabel("pairs stored (16 values)")
     axes[1].set_title("at most, by the size of the state", fontsize=11)
     axes[0].legend(frameon=False, fontsize=9, loc="upper left")
-    save(figure, "capacity")
+    save(figure, HERE / "figures" / "capacity.svg")
 
 
 def page(memory):
@@ -231,7 +229,7 @@ def page(memory):
         axis.set_ylabel("accuracy, %")
     for axis in axes.flat[len(folders):]:
         axis.axis("off")
-    save(figure, memory)
+    save(figure, HERE / "figures" / f"{memory}.svg")
 
 
 def written(changes, file):
@@ -241,10 +239,7 @@ def written(changes, file):
                 color=LOOK["armt"][0])
     axis.set(xlim=(0, len(changes) + 1), ylim=(0, None), xlabel="segment", ylabel="change of the memory",
              title=f"{sum(size > 0 for size in changes):,} of {len(changes):,} segments wrote")
-    figure.tight_layout()
-    figure.savefig(file)
-    plt.close(figure)
-    print(file)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,10 @@ def print_table(file, points=(0, 64, 1024, 4096, 16384)):
     print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds" + "".join(f"{n:13,}" for n in points)
           + "    moved    wrote")
     for kind, at in kinds.items():
-        last = {field: statistics.median(row[field] for row in at[points[-1]])
-                for field in ("moved", "wrote")}
+        moved, wrote = (statistics.median(row[x] for row in at[points[-1]]) for x in ("moved", "wrote"))
         print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}"
               + "".join(mean_of(at[n]).rjust(13) for n in points)
-              + f"{last['moved']:9.2g}{100 * last['wrote']:8.1f}%")
+              + f"{moved:9.2g}{100 * wrote:8.1f}%")
 
 
 if __name__ == "__main__":
