@@ -470,11 +470,11 @@ def one_run(c):
             optimizer.load_state_dict(state)
         progress = checkpoint["progress"]
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
-        write_rows(folder, rows)
         if not progress["done"]:
             print(f"{folder}: continues at step {progress['step']}")
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
+    write_rows(folder, rows)                                     # without half a last row
     with torch.no_grad():
         tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
         state = model(torch.zeros(1, tokens, dtype=torch.long, device=device))[2]
