@@ -1445,6 +1445,12 @@ def test_every_command_of_the_readme_parses(monkeypatch):
                 train.grid(like, given)
 
 
+def test_links_into_armt_point_at_the_headings_of_memories():
+    lines = Path(armt.__file__).read_text(encoding="utf-8").splitlines()
+    linked = [lines[int(n) - 1] for n in re.findall(r"armt\.py#L(\d+)", README)]
+    assert len(linked) == 5 and all(re.match(rf"# ({'|'.join(MEMORIES)}): ", line) for line in linked)
+
+
 def test_every_table_of_accuracies_is_that_of_the_rows(capsys):
     for folder in sorted({path.parent for path in (TOP / "results").rglob("*.json")}):
         print("\n".join(table.tables(table.read_runs(folder))))
