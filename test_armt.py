@@ -1118,7 +1118,7 @@ def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, 
     assert not (tmp_path / "run").exists()
 
 
-def test_the_price_is_the_documented_sum_and_zero_for_a_cache_that_grows():
+def test_the_price_is_zero_where_nothing_changes_and_else_the_documented_sum():
     made = task_of(task="qa1", align=8, segment_len=8)
     batch = made.batch(generator(0, "train"), 4, (3, 20))
     sizes = dict(vocab_size=made.vocab_size, segment_len=8)
@@ -1134,6 +1134,7 @@ def test_the_price_is_the_documented_sum_and_zero_for_a_cache_that_grows():
             by_hand += (0.5 * moved / (0.1 + moved)).mean().item()
         state = new
     assert written.item() == pytest.approx(by_hand, rel=1e-4) and by_hand > 0.1
+    assert not torch.stack(train.changes(state, state)).any()
     assert len(row) == len(correct) == (batch.answers >= 0).sum()
     assert train.BatchLoss(model, "cpu")(batch)[0] == loss
     new = train.BatchLoss(model, "cpu")(batch, state=state)[-1]            # --pass_state: it is read on
