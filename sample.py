@@ -287,9 +287,14 @@ def main(argv=None):
             return show_samples(config, model, task, device, args.samples or 5)
         if args.samples:
             raise ValueError(f"--samples: {config.task} is told and asked; see --facts, --read and --ask")
-        if args.save_state and (Path(args.save_state).is_dir()             # seen before a book is read
-                                or not os.access(Path(args.save_state).absolute().parent, os.W_OK)):
-            raise ValueError(f"--save_state: cannot write {args.save_state}")
+        if args.save_state:                                                # tried before a book is read
+            try:
+                if Path(args.save_state).is_dir():
+                    raise IsADirectoryError(0, "it is a folder")
+                write_atomically(f"{args.save_state}.try", lambda path: path.touch())
+                Path(f"{args.save_state}.try").unlink()
+            except OSError as e:
+                raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror}") from None
         reader = Reader(config, model, task, device)
         if args.load_state:
             reader.load(args.load_state)

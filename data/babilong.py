@@ -276,6 +276,8 @@ class BABILong(InText):
 
     def disguise(self):
         """A share, --decoys, of the sentences come to look a little like facts."""
+        if not self.decoys:
+            return list
         facts = [self.encode(line.text) for part in self.rows
                  for story in babi.simulate(random.Random(0), part, 200)
                  for line in story if line.answer is None]

@@ -81,7 +81,7 @@ def unpack(archive, wanted, folder):
         if hashlib.sha256(found.get(name, b"")).hexdigest() != digest:
             raise ValueError(f"{archive}: {name} is not the published file, or missing (its SHA-256 differs)")
     for name, content in found.items():
-        write_atomically(folder / name, lambda path: path.write_bytes(content))
+        write(folder / name, content)
 
 
 def clean(text, title, size, name):
@@ -92,6 +92,11 @@ def clean(text, title, size, name):
     if not frame or not 0.9 * size < len(frame[1].encode()) < 1.2 * size:
         raise ValueError(f"{name}: expected about {size:,} bytes between the lines *** START and *** END")
     return (frame[1].replace("\r\n", "\n").strip() + "\n").encode()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def main(argv=None):
@@ -121,8 +126,7 @@ def main(argv=None):
                 fetch(GUTENBERG.format(number=number), raw)
                 text = raw.read_bytes().decode("utf-8", errors="replace")
                 raw.unlink()
-                content = clean(text, title, size, path.name)
-                write_atomically(path, lambda temporary: temporary.write_bytes(content))
+                write(path, clean(text, title, size, path.name))
             print(f"{path}: {title}")
         print(f"next: python train.py --eval_only --out_dir data/pretrained --babi_dir {out / 'babi'} "
               f"--eval_text {out / 'novels' / 'middlemarch.txt'} --eval_lengths 0,1k,4k --eval_samples 100")

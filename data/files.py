@@ -30,7 +30,6 @@ def read_text(file):
 def write_atomically(path, write):
     """`path` holds its old content or its new one, never a part; a failure leaves no temporary file."""
     temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(temporary)
         os.replace(temporary, path)

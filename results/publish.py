@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--weights", action="store_true", help="the weights of a run, not what it showed")
     args = parser.parse_args()
     with one_line_errors("publish.py"):
+        args.target.mkdir(parents=True, exist_ok=True)
         if args.weights:
             from train import load, save                     # needs torch; the rest of this file does not
             config, model, _ = load(args.source)
