@@ -202,7 +202,7 @@ class NoMemory(Layered):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# full: the upper control, one causal attention over the whole past. It forgets nothing and pays for it: the
+# full: the other control, one causal attention over the whole past. It forgets nothing and pays for it: the
 # state grows by 2 C floats a token in each layer, and each segment attends to everything read before it.
 #
 #   carried: k, v (B, H, P, d) of the P past tokens, per layer; P is 0 at first      cost: T (P + T)
@@ -227,9 +227,9 @@ class FullAttention(Layered):
 #
 #   carried: k, v (B, H, P, d) of the last P <= W T tokens, per layer; P is 0 at first
 #   cost: T (W + 1) T
-#   ablate: stop_gradient  the cache is a constant, as in Transformer-XL, so a segment cannot learn to be
-#                          useful to the next (Transformer-XL also lets each token see only the W T tokens
-#                          before it; the paper's table 8 finds no difference in that)
+#   ablate  stop_gradient: the cache is a constant, as in Transformer-XL, so a segment cannot learn to be
+#           useful to the next (Transformer-XL also lets each token see only the W T tokens before it; the
+#           paper's table 8 finds no difference in that)
 
 class BSWABlock(FullBlock):
     """Full attention that forgets: only W T tokens stay in its cache."""
@@ -263,13 +263,14 @@ class BSWA(Layered):
 #
 #   carried: mem (B, M, C), one set for all layers; the first is learned      cost: (T + 2M)^2
 #   Memory tokens of a copy see each other both ways, as in the authors' code of 2022.
-#   ablate: one_way  they see only those before them, as in the code of 2024
+#   ablate  one_way: they see only those before them, as in the code of 2024
+#           stop_gradient: the memory is a constant for the next segment, the paper's BPTT of depth 0
 #   Other memories stay in their layers; here segment s + 1 cannot start before s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
     """Blocks without a state of their own; the top layer's output is the next segment's memory."""
-    options, ablations = dict(n_mem=16), ("one_way",)
+    options, ablations = dict(n_mem=16), ("one_way", "stop_gradient")
 
     def __init__(self, config):
         super().__init__(config)
@@ -280,16 +281,17 @@ class RMT(Layered):
 
     def forward(self, x, mem):
         """One segment between two copies of the memory: x (B, T, C), mem (B, M, C) -> h (B, T, C), new mem"""
-        M = mem.size(1)
+        M, ablate = mem.size(1), self.blocks[0].ablate
         x = torch.cat((mem, x, mem), dim=1)                                       # (B, M + T + M, C)
         mask = None
-        if "one_way" not in self.blocks[0].ablate:
+        if "one_way" not in ablate:
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
             mask[:M, :M] = mask[-M:, -M:] = True
         for block in self.blocks:
             x, _ = block(x, mask=mask)
         h = self.ln_f(x)
-        return h[:, M:-M], h[:, -M:].clone()                                      # (B, T, C), (B, M, C)
+        new = h[:, -M:].clone()                                                   # (B, M, C)
+        return h[:, M:-M], new.detach() if "stop_gradient" in ablate else new
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -491,8 +493,8 @@ class FAM(Layered):
 #   ablate  no_output_gate, no_input_gate, no_forget_gate: the gate is 1
 #   differs: the paper writes E, so row t of the bank belongs to token t, and one bank goes through all
 #   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
-#   differs: the paper queries with the layer's input. Its output gate multiplies the bank, and its input gate
-#   sees tokens. Here a queries (as in the published code), that gate multiplies E, the others see U and bank.
+#   differs: the paper queries with the layer's input; its output gate multiplies the bank, its input gate
+#   sees tokens. Here a is the query (as in the published code), the output gate sees E, the others U, bank.
 #   differs: gradient crosses segments, and tokens read what the segment before has written. The gates of the
 #   published code show a token its future (a test builds such a leak).
 
@@ -563,7 +565,8 @@ class LM2(Layered):
 # The model: embedding, time loop, head
 
 # Add yours: MEMORIES["mine"] = Mine, a module Mine(config) with init_state(batch_size) -> nested tuples of
-# tensors and forward(x, state) -> (h, state): one segment through all layers, final LayerNorm included.
+# tensors, forward(x, state) -> (h, state), one segment through all layers, final LayerNorm included, and with
+# options and ablations as Layered has them.
 MEMORIES = dict(none=NoMemory, full=FullAttention, bswa=BSWA, rmt=RMT, armt=ARMT, fam=FAM, lm2=LM2)
 CHOICES = dict(rule=("published", "delta"), gate=("sigmoid", "hardsigmoid"))
 SIZES = [f.name for f in fields(GPTConfig) if f.type in (int, int | None)]
@@ -595,7 +598,7 @@ def checked(config):
     """The config with its memory's defaults in place of None. ValueError names a field that does not fit."""
     if config.memory not in MEMORIES:
         raise ValueError(f"memory: there is no '{config.memory}'; choose one of {', '.join(MEMORIES)}")
-    options, words = (getattr(MEMORIES[config.memory], name, {}) for name in ("options", "ablations"))
+    options, words = MEMORIES[config.memory].options, MEMORIES[config.memory].ablations
     for name in OPTIONAL:
         if getattr(config, name) is not None and name not in options:
             raise ValueError(f"{name}: memory '{config.memory}' has none; it has "
@@ -608,6 +611,8 @@ def checked(config):
         least = 0 if name in ("window", "mem_layers") or (name, config.memory) == ("n_mem", "fam") else 1
         if name in SIZES and value is not None and not least <= value <= 65536:
             raise ValueError(f"{name}: {value} is not between {least} and 65,536")
+    if (config.mem_layers or 0) > config.n_layer:
+        raise ValueError(f"mem_layers: {config.mem_layers} is more than n_layer = {config.n_layer}")
     if config.memory == "lm2" and config.n_mem > config.n_embd:
         raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
@@ -685,7 +690,8 @@ class GPT(nn.Module):
     def read(self, idx, state=None, tail=None):
         """
         Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the last 1 to T
-        tokens wait as `tail`, as the answer is due after them; the state is that of the segments before.
+        tokens wait as `tail`, since what comes next is predicted from them; the state is that of the segments
+        before.
         """
         text = idx if tail is None else torch.cat((tail, idx), dim=1)
         full = max(text.size(1) - 1, 0) // self.config.segment_len * self.config.segment_len

@@ -1,5 +1,5 @@
 """
-Use a trained memory: tell it facts, let it read a book, ask.
+Use a trained model: tell it facts, let it read a book, ask.
 
     python sample.py --facts "Mary went to the kitchen." --read book.txt --ask "Where is Mary?"
     python sample.py                                          a small conversation at the prompt
@@ -10,7 +10,7 @@ Use a trained memory: tell it facts, let it read a book, ask.
 
 Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is
 kept in one state of fixed size; a question is answered from that state alone and leaves it as it was. The
-memory knows bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives
+model knows bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives
 what, and which place lies north, south, east or west of which. It does not understand pronouns, exclamation
 marks or other names.
 """
@@ -58,7 +58,7 @@ def read_fast(model, segments, state, quiet):
     names, i, ahead, wrote = [segment.tobytes() for segment in segments.cpu().numpy()], 0, 1, {}
     here = fingerprint(state).encode()
     while i < len(names):
-        new, end = {}, i                                         # new: segment -> where it stands first
+        new, end = {}, i                                         # new: segment -> where it occurs first
         while end < len(names) and len(new) < ahead:
             if here + names[end] not in quiet:
                 new.setdefault(names[end], end)
@@ -152,20 +152,20 @@ class Reader:
     @torch.no_grad()
     def ask(self, question):
         """Probabilities of all words as the answer, (V,). What was read stays as it was."""
-        idx, state = torch.tensor([self.task.ask(question)], device=self.device), self.state
-        if not idx.any():
+        ids, state = self.task.ask(question.rstrip(" .!?") + "?"), self.state
+        if not self.words.count(ids):
             raise ValueError("--ask: the question has no words")
         if self.tail:                            # its segment is filled with blanks, for this question only
             tail = self.tail + [0] * (self.T - len(self.tail))
             _, _, state = self.model(torch.tensor([tail], device=self.device), state=state)
-        return self.model(idx, state=state)[0][0, -1].softmax(-1)
+        return self.model(torch.tensor([ids], device=self.device), state=state)[0][0, -1].softmax(-1)
 
     def seal(self, memory):
-        """What no other memory has, and no other model."""
+        """A hash of a memory and of the weights of its model."""
         return fingerprint((memory, tuple(self.model.parameters())))
 
     def save(self, file):
-        """Write the memory, and what of the text waits for its segment to be whole."""
+        """Write the memory, and the tail that is not yet a whole segment."""
         memory = self.state, torch.tensor(self.tail, dtype=torch.long), torch.tensor(self.words_read)
         saved = dict(memory=memory, seal=self.seal(memory))
         write_atomically(file, lambda path: torch.save(saved, path))
@@ -182,13 +182,13 @@ class Reader:
         self.tail, self.words_read = tail.tolist(), words_read.item()
 
 
-def show_written(reader, file, width=72):
+def show_written(reader, file):
     """Which segments wrote: a strip of text, or a figure in `file`, and the segments that wrote most."""
     changes = np.array(reader.changes or [0.0])
     if file:
         from results.figures import written
         written(changes, file)
-    cells, top = [part.max() for part in np.array_split(changes, min(width, len(changes)))], changes.max()
+    cells, top = [part.max() for part in np.array_split(changes, min(72, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
     print(f"{len(reader.changes):,} segments from left to right; {np.count_nonzero(changes):,} wrote, and "
           f"changed the memory by at most {top:.3g}. Those that wrote most (~ is a word outside bAbI):")
@@ -204,7 +204,6 @@ def reply(reader, question, as_json):
     if as_json:
         print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
                               alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
-                              segments_wrote=sum(map(bool, reader.changes)),
                               state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
@@ -280,6 +279,8 @@ def main(argv=None):
         device = pick_device(args.device)
         config, model, _ = load(args.out_dir, device)
         task = make_task(config)
+        if args.samples is not None and args.samples < 1:
+            raise ValueError("--samples: at least one")
         if not hasattr(task, "ask"):
             for name in vars(args).keys() - {"out_dir", "device", "samples"}:
                 if getattr(args, name) != parser.get_default(name):
@@ -303,10 +304,10 @@ def main(argv=None):
         reader.tell(facts + "." if facts and facts[-1] not in ".?!" else facts)
         for file in args.read:
             reader.read(file)
-        if args.written is not None:
-            show_written(reader, args.written)
         if args.save_state:
             reader.save(args.save_state)
+        if args.written is not None:
+            show_written(reader, args.written)
         for question in args.ask:
             reply(reader, question, args.json)
         if not args.ask and not args.save_state and args.written is None:

@@ -142,7 +142,7 @@ def test_the_gradient_of_the_last_segment_reaches_the_first_and_every_parameter_
         (gradient,) = torch.autograd.grad(loss, model.wte.weight)
         assert gradient.abs().sum() > 0
         reached = gradient[V - 1].abs().max()
-        cut_off = memory == "none" or (memory, ablate) == ("bswa", "stop_gradient")
+        cut_off = memory == "none" or memory in ("bswa", "rmt") and ablate == "stop_gradient"
         assert reached == 0 if cut_off else reached > 1e-9
     model(idx, idx)[1].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
@@ -264,6 +264,8 @@ def rmt_by_hand(p, row, words, config):
             x = plain_block(p, name, x, sees)
         top += x[M:-M]
         mem = [norm(p, "memory.ln_f", m) for m in x[-M:]]
+        if "stop_gradient" in words:
+            mem = [m.detach() for m in mem]
     return top
 
 
@@ -1153,7 +1155,8 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
     ("--like nowhere", "nowhere"), ("--task qa1 --background nowhere.txt", "nowhere"),
     ("--task qa1 --babi_dir nowhere", "babi_dir"), ("--eval_samples 0", "eval_samples"),
     ("--memory full --compile 1", "compile"), ("--memory none,rmt --ablate no_delta", "no_delta"),
-    ("--eval_only", "holds no run"), ("--eval_lengths 17", "16 keys")])
+    ("--eval_only", "holds no run"), ("--eval_lengths 17", "16 keys"), ("--mem_layers 2", "mem_layers"),
+    ("--eval_only --like nowhere", "--like"), ("--task qa1 --background .gitignore", "no sentence")])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, named, capsys, tmp_path):
     assert named in fails(capsys, f"{FAST} {flags} --out_dir {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
@@ -1182,8 +1185,9 @@ def test_the_price_is_zero_where_nothing_changes_and_else_the_documented_sum():
     assert_close(new, model(torch.from_numpy(batch.context).flatten(1), state=state)[2], 0)
 
 
-@pytest.mark.parametrize("extra", ["--muon_lr 0", "--memory fam --window 1 --pass_state 0.5",
-                                   "--task qa2+qa4 --stages 2/0,4/40 --price 0.1"])
+@pytest.mark.parametrize("extra", [
+    "--muon_lr 0", "--memory fam --window 1 --pass_state 0.5",
+    f"--task qa2+qa4 --stages 2/0,4/40 --price 0.1 --background {TOP}/README.md"])
 def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
     whole, parts, clip = tmp_path / "whole", tmp_path / "parts", torch.nn.utils.clip_grad_norm_
     command = f"{FAST} --stages 2,3 --learned 0 --eval_lengths 3 {extra} --out_dir"
@@ -1269,7 +1273,8 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
 
 
 def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(tmp_path, capsys):
-    run(f"{FAST} --task qa1+qa3 --stages 4/0 --last_steps 2 --eval_lengths 0 --out_dir {tmp_path}")
+    run(f"{FAST} --task qa1+qa3 --stages 4/0 --last_steps 2 --eval_lengths 0 --background {TOP}/README.md "
+        f"--out_dir {tmp_path}")
     command = f"train --eval_only --out_dir {tmp_path}"
     for _ in range(2):
         run(f"{command} --task qa3 --eval_samples 3 --eval_lengths 30,300")
@@ -1284,7 +1289,7 @@ def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(
 
 def test_two_processes_train_as_one_does(tmp_path):
     command = (f"{FAST} --task qa1+qa4 --stages 2/0,4/20 --learned 0 --price 0.01 --eval_lengths 0 "
-               f"--out_dir {tmp_path}")
+               f"--background {TOP}/README.md --out_dir {tmp_path}")
     run(f"{command}/one")
     launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 train.py {command[6:]}/two"
     subprocess.run([sys.executable, *launch.split()], cwd=TOP, timeout=300, check=True)
@@ -1343,7 +1348,7 @@ def qa(tmp_path_factory):
     """A folder with a run of qa1 and a book."""
     folder = tmp_path_factory.mktemp("qa")
     run(f"{FAST} --task qa1+qa4 --align 8 --stages 2/0 --eval_lengths 0 --out_dir {folder / 'run'}")
-    (folder / "book.txt").write_text("Ä" * 7 + " " + babilong.prose(400, seed="a book"), encoding="utf-8")
+    (folder / "book.txt").write_text("Ä" * 7 + " " + babilong.prose(120, seed="a book"), encoding="utf-8")
     return folder
 
 
@@ -1373,7 +1378,7 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     said = []
     for line in (f"{tell} {ask}", f"{tell} --save_state {good}", f"--load_state {good} {ask}"):
         run(f"{command} {line}")
-        said.append([json.loads(x) | dict(segments_wrote=None) for x in capsys.readouterr().out.splitlines()])
+        said.append([json.loads(x) for x in capsys.readouterr().out.splitlines()])
     assert said[0] == said[2] and len(said[0]) == 2 and said[1] == []
     good = torch.load(good, weights_only=True)
     state, tail, words_read = good["memory"]
@@ -1385,10 +1390,12 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
     for flag, named in ((f"--read {qa / 'binary.txt'}", "binary.txt"),
+                        (f"--facts 'Mary left.' --written x.no --save_state {qa / 'kept.pt'}", "sample.py"),
                         (f"--save_state {qa / 'nowhere' / 'x.pt'}", "--save_state"),
                         (f"--save_state {qa}", "--save_state"),
                         ("--load_state nowhere.pt", "nowhere.pt")):
         assert named in fails(capsys, f"{command} {flag} {ask}")
+    assert (qa / "kept.pt").exists()                         # kept before the figure could not be drawn
 
 
 def test_a_conversation_says_what_it_does_not_know_and_shows_what_was_written(qa, capsys, monkeypatch):
@@ -1466,7 +1473,7 @@ def test_the_shipped_memory_answers_all_five_kinds_of_question_and_says_what_it_
               "What is the office north of?": "kitchen"}),
             ("Fred picked up the milk there. Jeff went to the office. Fred passed the milk to Bill.",
              {"Who gave the milk to Bill?": "Fred", "What did Fred give to Bill?": "milk",
-              "Who received the milk?": "Bill"})):
+              "Who received the milk": "Bill"})):
         sample.main(["--json", "--facts", facts, "--ask", *asked])
         said = capsys.readouterr().out.splitlines()
         assert [json.loads(line)["answer"] for line in said] == [*asked.values()]

@@ -6,12 +6,12 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --memory rmt,armt --seed 0,1,2    a grid: one folder a run
     python train.py --task rewrite --ablate no_gamma  leave something out
     python train.py --task qa1                        BABILong: who is where, hidden in other text
-    python train.py --like results/compare/qa1-armt-seed0.json --seed 1     the settings of another run
+    python train.py --like results/armt/rule/rewrite-armt-nothing-seed0.json    the settings of another run
 
 A run is a curriculum. It begins with the easiest stage and advances when a stage is learned; in the last one
-the learning rate falls to zero. Then the model is evaluated, mostly far beyond the lengths of training. A run
-has a folder, with config.json, ckpt.pt and metrics.jsonl. If it is interrupted, the same command continues
-it, to exactly the same numbers.
+the learning rate falls to zero. Then the model is evaluated, often beyond the lengths of training. A run has
+a folder, with config.json, ckpt.pt and metrics.jsonl. If it is interrupted, the same command continues it,
+with exactly the numbers of an uninterrupted run.
 """
 import argparse
 import inspect
@@ -49,15 +49,15 @@ class Config(GPTConfig):
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
     stages: str = "2,4,8,16"        # curriculum: most pairs, segments (passkey), facts/words/segment_len (qa)
     questions: int = 4              # recall: questions about a sample
-    align: int = 0                  # qa: sentences begin segments; below segment_len: only in training
+    align: int = 0                  # qa: sentences fill multiples of it; below segment_len: only in training
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
-    stage_steps: int = 3000         # step limit of any stage but the last; the run ends there
+    stage_steps: int = 3000         # step limit of a stage but the last; if not learned, training ends there
     learned: float = 0.98           # running accuracy, of the task's worst part, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
     price: float = 0.0              # weight, at the end of the last stage, of a penalty on memory changes
-    pass_state: float = 0.0         # recall, passkey: share of last-stage batches that keep the state before
+    pass_state: float = 0.0         # recall, passkey: share of last-stage batches that go on with the state
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
@@ -124,6 +124,8 @@ def parse(argv):
                                help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
+    if like and eval_only:
+        parser.error("--like: a model is evaluated as it was trained; leave it out")
     return like, eval_only, {k: [value] if k in LISTS else value for k, value in given.items()}
 
 
@@ -140,10 +142,11 @@ def grid(like, given):
         options = getattr(MEMORIES.get(c.memory), "options", {})
         for name in set(OPTIONAL) - {*chosen, *options}:        # a task, or --like, has it for another memory
             setattr(c, name, None)
-        name = [Path(like).name.removesuffix(".json").rsplit("-seed")[0]] if like else [c.task, c.memory]
-        shown = {"ablate", *varied} - ({"seed"} if like else {"seed", "task", "memory"})
-        name += [str(value) if flag == "ablate" else f"{flag}{value}" for flag, value in chosen.items()
-                 if flag in shown]
+        words = "task", "memory", "ablate"
+        shown = chosen if like else dict(task=c.task, memory=c.memory) | chosen
+        name = [Path(like).name.removesuffix(".json").rsplit("-seed", 1)[0]] * bool(like)
+        name += [str(value) if flag in words else f"{flag}{value}" for flag, value in shown.items()
+                 if flag in {*words, *varied} - {"seed"}]
         if varied or not c.out_dir:
             c.out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
         try:
@@ -226,9 +229,9 @@ def read_config(path):
         fit = [isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)]
         fit += [isinstance(x, str) for x in (*config.vocab, *config.background, *config.eval_text)]
         fit += [not isinstance(x, bool) for x in vars(config).values()]              # True is an int, too
-        if all(fit):
+        if all(fit) and "memory" in saved:
             return config
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         pass
     raise ValueError(f"{path} holds no run: {file.name} is missing or damaged")
 
@@ -283,8 +286,8 @@ class BatchLoss(torch.nn.Module):
 
     def forward(self, batch, price=0.0, state=None):
         """
-        Read a Batch once, then ask every question about it: mean loss of the questions, price of what was
-        written, as numpy arrays (q,) the row of each question and whether its answer was correct, new state.
+        Read a Batch once, then ask every question about it. Returns the mean loss, the price of what was
+        written, each question's row and whether it was answered correctly (numpy, (q,) each), the new state.
         """
         context = torch.from_numpy(batch.context).to(self.device)                                # (B, S, T)
         row, which = np.nonzero(batch.answers[..., 0] >= 0)                                      # q questions
@@ -311,8 +314,11 @@ def compiled(model, c):
     warnings.filterwarnings("ignore", module="torch._dynamo")
     on_gpu = model.lm_head.weight.device.type == "cuda"
     usual = model.memory.forward
-    fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None)       # CUDA graphs
-    model.memory.forward = lambda x, state: (fast if x.shape[:2] in shapes else usual)(x, state)
+    fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+
+    def forward(x, state):               # copies, since a CUDA graph writes its next outputs over the last
+        return state_map(torch.clone, fast(x, state)) if x.shape[:2] in shapes else usual(x, state)
+    model.memory.forward = forward
     print("compiling: the first steps take minutes")
 
 
@@ -332,7 +338,7 @@ def train(c, model, task, device, optimizers, p):
     checkpoint.
     """
     names, stages, parts = c.stages.split(","), numbers("stages", c.stages), task.rows
-    batch_loss, stop, failed, saved = BatchLoss(model, device), [], 0, 0.0
+    batch_loss, stop, saved = BatchLoss(model, device), [], 0.0
     if WORLD > 1:
         batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
@@ -359,8 +365,10 @@ def train(c, model, task, device, optimizers, p):
         p["state"] = state_map(torch.Tensor.detach, state) if c.pass_state else None
         (loss * share + written).backward()
         finite = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite()
-        failed = max(0, failed - 1) if finite else failed + 1
-        if failed == 20:
+        p["failed"] = max(0, p["failed"] - 1) if finite else p["failed"] + 1
+        if p["failed"] == 20:
+            bar.close()
+            signal.signal(signal.SIGINT, handler)
             raise ValueError(f"the loss is not finite any more, at step {p['step']} in stage {names[stage]}: "
                              f"try a smaller --lr or --muon_lr")
         for optimizer in optimizers if finite else ():
@@ -456,7 +464,8 @@ def one_run(c):
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
     optimizers, rows = make_optimizers(model, c), read_rows(folder)
-    progress = dict(step=0, stage=0, stage_step=0, sums={}, seconds=0.0, learned=False, done=False)
+    progress = dict(step=0, stage=0, stage_step=0, sums={}, failed=0, seconds=0.0, learned=False,
+                    done=False)
     if (folder / "ckpt.pt").exists():
         saved, _, checkpoint = load(folder, device)
         if "optimizers" not in checkpoint:
@@ -517,7 +526,7 @@ def main(argv=None):
                     elif not one_run(c):
                         sys.exit(130)
             except ValueError as e:
-                if len(configs) == 1:
+                if len(configs) == 1 or WORLD > 1:
                     raise
                 print(f"{c.out_dir}: {e}")      # the other runs of a grid do not need this one
                 failed += 1

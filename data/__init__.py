@@ -19,7 +19,7 @@ A task has these attributes and methods, which train.py and sample.py use:
     cells(config)                what to evaluate: a list of dicts with a length, a number of questions n, ...
     questions(cell)              a list of Question, and how many were left out because they do not fit
     show(ids)                    ids as text
-    kind, unit                   what a task's flags are for, and what a length counts, as words
+    kind, unit                   names: of the tasks that share flags, and of what a length counts
     ask(text), words             of tasks that can be told and asked: ids of a question, Words
 """
 import re
@@ -31,7 +31,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Batch(NamedTuple):
-    """B rows to read, and Q questions about each. Id 0 is the blank, which fills what is shorter."""
+    """B rows to read, and Q questions about each. Id 0 is the blank, which pads shorter ones."""
     context: np.ndarray      # (B, S, T) ids: S segments of T tokens
     questions: np.ndarray    # (B, Q, n) ids; the answer is due after the last one
     answers: np.ndarray      # (B, Q, A) ids, A to an answer; -1 where nothing is to be asked

@@ -1,7 +1,7 @@
 """
 bAbI (Weston et al. 2015, arXiv 1502.05698): short worlds of people who move about, and questions.
 
-The published files (v1.2) are read and written byte for byte. For the first five tasks there is also a
+The published files (v1.2) are read and checked line by line. For the first five tasks there is also a
 simulator, so that a model can be trained on as many stories as it likes and never see a published one. Its
 rules were inferred from the published files: the generator that made them is not public.
 """

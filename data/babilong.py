@@ -145,7 +145,7 @@ class Background:
                 sentences = dict(train=sentences[:end], val=sentences[end:], test=sentences)[part]
             long = [words.pad(change(s), align) for s in sentences if len(s) >= SHORTEST]
             if not long:
-                raise ValueError(f"{file} has no sentence of {SHORTEST - 1} or more words")
+                raise ValueError(f"{file}: no sentence of {SHORTEST - 1} or more words for its {part} part")
             flat += long
         self.ids, self.align = np.concatenate(flat).astype(np.int64), align
         self.begin = np.cumsum([0] + [len(s) for s in flat])              # where sentence i begins, in tokens
@@ -234,9 +234,11 @@ class InText:
         return list
 
     def check(self, config, training=True):
-        asked = self.eval_files * any(cell["length"] for cell in self.cells(config))
-        for file in {*self.files * training, *asked} - {PROSE}:
-            read_text(file)
+        lengths = [cell["length"] for cell in self.cells(config)]
+        asked = self.eval_files * any(isinstance(n, int) and n > 0 for n in lengths)
+        for files, part in ((self.files * training, "train"), (asked, self.where["split"])):
+            for file in set(files) - {PROSE}:
+                Background([file], part, self.words)
 
     def show(self, ids):
         return " ".join(self.words.name(i) if i < len(self.words.names) else "~" for i in ids if i)
@@ -267,7 +269,7 @@ class BABILong(InText):
         self.samples = {}                                # which stories were read, once
 
     def ask(self, text):
-        """The ids of a question, left-padded to one width: without its blanks a trained model fails."""
+        """The ids of a question, left-padded to one width, as in training."""
         return [0] * (self.width - len(self.encode(text))) + self.encode(text)
 
     def tell(self, facts, align):

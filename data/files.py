@@ -1,6 +1,7 @@
 """Atomic writes, damage reported by name, one process in a folder at a time."""
 import json
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -98,6 +99,6 @@ def one_line_errors(program, stopped="stopped"):
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"{program}: {' '.join(str(e).split())}")
     except (MemoryError, RuntimeError) as e:
-        if "memory" not in f"{e}{type(e)}".lower():
+        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
         sys.exit(f"{program}: out of memory; try a smaller model, batch or text")

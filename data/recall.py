@@ -6,8 +6,8 @@ segment of its own, so that whatever is known about a pair has crossed a segment
 
     [k_1 .. k_s  :  v  ;]  [k_1 .. k_s  :  v  ;]  ...  [k_1 .. k_s  ?] -> v
 
-    remember   the keys of a sample are all different, and one of them is asked
-    rewrite    keys repeat; any key that occurred is asked, and its last value is correct
+    remember   the keys of a sample are all different, and one of them is queried
+    rewrite    keys repeat; any key that occurred is queried, and its last value is correct
 """
 import numpy as np
 

@@ -4,7 +4,6 @@ What each memory costs on this machine. Times are medians of runs that take turn
     python results/cost.py                tokens a second, read and trained, and floats carried (recall size)
     python results/cost.py --size gpt2    the same at the size of GPT-2 small, reading only
     python results/cost.py --authors      ARMT beside a loop in the manner of the authors' module
-    python results/cost.py --launches     kernels launched for each layer and segment, forward and backward
     python results/cost.py --words 10k,1M,10M       seconds and memory of sample.py, per word read
 """
 import argparse
@@ -151,24 +150,6 @@ def against_authors(device):
               f"compiled {times['theirs'] / times['compiled']:.2f}")
 
 
-def launches():
-    """Print kernels launched per layer and segment, forward and backward: operators that compute."""
-    from torch.profiler import ProfilerActivity, profile
-    views = """view reshape transpose as_strided expand slice select unsqueeze squeeze detach chunk split
-        narrow alias unflatten flatten permute empty resize to t mT result_type linear matmul layer_norm
-        scaled_dot_product_attention unbind ones_like zeros_like new_zeros""".split()
-    made, idx = models("recall", "cpu", MEMORIES)
-    for name, m in made.items():
-        counts = []
-        for n in (4, 8):
-            with profile(activities=[ProfilerActivity.CPU]) as seen:
-                m(idx[:, :6 * n], idx[:, :6 * n])[1].backward()
-            counts.append(sum(e.count for e in seen.key_averages() if e.key.startswith("aten::")
-                              and e.key[6:].strip("_") not in views
-                              and not e.key.endswith(("_backward", "backward0"))))
-        print(f"{name:6} {(counts[1] - counts[0]) / 4 / m.config.n_layer:6.0f}")
-
-
 def words(lengths):
     """Print seconds and peak memory of a process that reads the built-in prose with the shipped memory."""
     from data import babilong, numbers
@@ -195,7 +176,6 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="recall")
     parser.add_argument("--authors", action="store_true")
-    parser.add_argument("--launches", action="store_true")
     parser.add_argument("--words", default="", metavar="LENGTHS")
     args = parser.parse_args()
     if not os.environ.get("OMP_NUM_THREADS"):
@@ -205,8 +185,6 @@ def main():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if args.authors:
             against_authors(device)
-        elif args.launches:
-            launches()
         elif args.words:
             words(args.words)
         else:

@@ -16,9 +16,9 @@ from table import read_runs                                               # noqa
 MACHINE = ("out_dir", "device", "threads", "compile", "babi_dir")
 
 
-def thin(curve, points=60):
-    """At most so many rows of a curve, the last one of each stage among them."""
-    keep = {round(i * (len(curve) - 1) / (points - 1)) for i in range(points)} | {
+def thin(curve):
+    """At most 60 rows of a curve, and the last one of each stage."""
+    keep = {round(i * (len(curve) - 1) / 59) for i in range(60)} | {
         i for i in range(len(curve)) if i + 1 == len(curve) or curve[i]["stage"] != curve[i + 1]["stage"]}
     return [row for i, row in enumerate(curve) if i in keep]
 
@@ -47,7 +47,7 @@ def main():
             from train import load, save                     # needs torch; the rest of this file does not
             config, model, _ = load(args.source)
             for name in MACHINE:
-                setattr(config, name, type(config)().__dict__[name])
+                setattr(config, name, getattr(type(config), name))
             config.background, config.eval_text = [Path(file).name for file in config.background], []
             save(args.target, config, model={name: p.half() for name, p in model.state_dict().items()})
             print(f"{args.target}: {sum(p.stat().st_size for p in args.target.iterdir()):,} bytes")

@@ -38,11 +38,10 @@ if __name__ == "__main__":
     _, _, given = train.parse(["--eval_only", *sys.argv[1:]])
     with one_line_errors("long.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)
-        torch.set_num_threads(1)
         for c in train.to_evaluate({**given, "batch_size": [1]}):
+            torch.set_num_threads(c.threads or 1)
             with only_user(c.out_dir):
                 model = train.load(c.out_dir, device := train.pick_device(c.device))[1]
-                if c.compile:
-                    train.compiled(model, replace(c, batch_size=64))
+                train.compiled(model, replace(c, batch_size=64))
                 QUIET.clear()
                 train.evaluate(c, model, make_task(c), device, answer)

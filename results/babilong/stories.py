@@ -21,11 +21,11 @@ from data.files import one_line_errors                                    # noqa
 
 
 @torch.no_grad()
-def ask_everything(folder, stories=200):
+def ask_everything(folder):
     """Print a line for what is known and one for what is not."""
     c, model, _ = train.load(folder)
     task, dice, T, marks = make_task(c), random.Random("stories"), c.segment_len, []
-    for part, i in tqdm([*itertools.product(babi.TASKS, range(stories))], leave=False):
+    for part, i in tqdm([*itertools.product(babi.TASKS, range(200))], leave=False):
         events = list(itertools.islice(babi.world(dice, part), 1 + i % 6))
         told = segments([sum(task.tell([event.text for event in events], task.align), [])], T)
         _, _, state = model(torch.from_numpy(told).flatten(1))
@@ -43,4 +43,4 @@ if __name__ == "__main__":
     with one_line_errors("stories.py"):
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        ask_everything(sys.argv[1])
+        ask_everything(sys.argv[1] if len(sys.argv) > 1 else sys.exit(__doc__))

@@ -33,8 +33,9 @@ def size(state):
 
 
 @torch.no_grad()
-def read_on(folder, book, rows=50, most=2 ** 14):
-    """50 stories of six facts, the same book behind each."""
+def read_on(folder, book):
+    """50 stories of six facts, the same 2^14 segments of a book behind each."""
+    rows, most = 50, 2 ** 14
     c, model, _ = train.load(folder)
     task, dice, T = make_task(c), random.Random("silent"), c.segment_len
     stories = [task.story(dice, "qa1", 6) for _ in range(rows)]
@@ -43,10 +44,8 @@ def read_on(folder, book, rows=50, most=2 ** 14):
     asked = [(row, task.ask(q), task.words.id(a)) for row, (_, found) in enumerate(stories) for q, a in found
              if q.startswith("Where is") and "the" not in q and a != babi.UNKNOWN]
     row, questions = torch.tensor([r for r, _, _ in asked]), torch.from_numpy(fill([q for _, q, _ in asked]))
-    right, state, wrote = torch.tensor([a for _, _, a in asked]), model.init_state(rows), 0
-    for segment in told.unbind(1):
-        _, state = model.memory(model.wte(segment), state)
-    start = state
+    right, wrote = torch.tensor([a for _, _, a in asked]), 0
+    start = state = model(told.flatten(1))[2]
     left_out = "decoys" if not c.decoys else "muon" if not c.muon_lr else c.ablate
     for i in tqdm(range(most + 1), desc=Path(folder).name, leave=False):
         if i & (i - 1) == 0:                                                     # 0, 1, 2, 4, ...
@@ -58,14 +57,13 @@ def read_on(folder, book, rows=50, most=2 ** 14):
                 moved=round(size(state_map(torch.sub, state, start)) / (size(start) or 1.0), 4),
                 wrote=round(wrote / max(1, i * rows), 5),
                 accuracy=round(correct.float().mean().item(), 4))), flush=True)
-        segment = model.wte(text[i % len(text)].expand(rows, -1))
-        _, new = model.memory(segment, state_map(torch.clone, state))
+        _, _, new = model(text[i % len(text)].expand(rows, -1), state=state)
         wrote, state = wrote + sum(changed(state, new, rows)), new
 
 
-def print_table(file, points=(0, 64, 1024, 4096, 16384)):
+def print_table(file):
     """Accuracy in per cent after so many segments, over seeds; medians of the rest at the last point."""
-    kinds = {}
+    kinds, points = {}, (0, 64, 1024, 4096, 16384)
     for row in map(json.loads, read_text(file).splitlines()):
         kind = row["rule"], row["ablate"].replace("nothing", "-"), row["gate"], f"{row['price']:g}"
         kinds.setdefault(kind, {}).setdefault(row["segments"], []).append(row)
@@ -80,6 +78,8 @@ def print_table(file, points=(0, 64, 1024, 4096, 16384)):
 
 if __name__ == "__main__":
     with one_line_errors("forget.py"):
+        if len(sys.argv) < 2:
+            sys.exit(__doc__)
         if sys.argv[1].endswith(".jsonl"):
             sys.exit(print_table(sys.argv[1]))
         torch.set_num_threads(1)
