@@ -598,10 +598,10 @@ def test_recall_asks_for_every_pair_alike():
     assert abs(written.mean() - np.mean(fair)) < 0.05
 
 
-def test_a_stage_of_recall_has_all_lengths_up_to_its_own_and_long_ones_more_often():
+def test_half_of_the_batches_of_recall_have_the_length_of_their_stage_and_the_others_any_up_to_it():
     made, rng = task_of(segment_len=4), generator(0, "train")
     n = np.array([made.batch(rng, 1, (8,)).context.shape[1] for _ in range(4000)])
-    expected = [(k ** 2 - (k - 1) ** 2) / 64 for k in range(9)[1:]]               # the larger of two draws
+    expected = [1 / 16] * 7 + [9 / 16]
     assert np.abs(np.bincount(n, minlength=9)[1:] / 4000 - expected).max() < 0.03
 
 

@@ -48,8 +48,8 @@ class Recall:
                                  f"that these --stages have")
 
     def batch(self, rng, size, stage):
-        """`size` samples of one length, the larger of two draws: most are long, and short ones stay known."""
-        return self.samples(rng, size, int(rng.integers(1, stage[0] + 1, size=2).max()))
+        """`size` samples of one length: in half of the batches the stage's, else any up to it."""
+        return self.samples(rng, size, int(rng.choice([stage[0], rng.integers(1, stage[0] + 1)])))
 
     def samples(self, rng, size, n_pairs):
         """`size` samples of n pairs, with --questions questions each: a Batch"""

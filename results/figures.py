@@ -75,11 +75,16 @@ def save(figure, file):
 
 def pairs():
     """Accuracy against the number of pairs and of updates, one line a memory."""
+    own = dict(remember=[(memory, "own", f"remember-{memory}") for memory in ("rmt", "fam", "lm2")],
+               rewrite=[("armt", "pass", "rewrite-armt-pass_state0.9")])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for axis, task, title in zip(axes, ("remember", "rewrite"),
                                  ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
         for name, runs in groups(HERE / "compare", task).items():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
+        for memory, folder, name in own[task]:
+            line(axis, by_length(groups(HERE / memory / folder)[name]), **{
+                **look(memory), "linestyle": (0, (1, 2)), "label": f"{memory}, own recipe"})
         axis.set_xlim(*dict(remember=(1.8, 17.5), rewrite=(13, 600))[task])
         axis.set_xscale("log", base=2)
         ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
@@ -87,10 +92,8 @@ def pairs():
         axis.minorticks_off()
         axis.axhline(6.25, color="#bbbbbb", linewidth=1)
         axis.set(xlabel=title, ylim=(-2, 103))
-    passed = groups(HERE / "armt" / "pass")["rewrite-armt-pass_state0.9"]
-    line(axes[1], by_length(passed), **{**look("armt"), "linestyle": (0, (1, 2)), "label": "armt, passed on"})
     axes[0].set_ylabel("accuracy, % (mean, and all of three seeds)")
-    axes[1].legend(frameon=False, fontsize=9, loc=(0.02, 0.4), ncol=2)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), ncol=2, frameon=False, fontsize=9, loc=(0.02, 0.4))
     save(figure, HERE / "figures" / "pairs.svg")
 
 
@@ -151,7 +154,7 @@ def forget():
 def curve():
     """Loss against steps: the plateau, and the stages of the curriculum."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
-    run = groups(HERE / "compare")["remember-rmt"][0]
+    run = next(run for _, run in read_runs(HERE / "rmt" / "own"))
     steps, loss, stages = zip(*((row["step"], row["loss"], row["stage"]) for row in run["curve"]))
     axis.plot(steps, loss, color=LOOK["rmt"][0])
     for stage in dict.fromkeys(stages):
@@ -175,21 +178,23 @@ def stored(runs):
 def capacity():
     """Pairs stored against pairs shown, and at most, against the floats carried."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    folders = [HERE / "compare", HERE / "armt" / "order", HERE / "armt" / "keys256"]
+    folders = [HERE / "compare", *(HERE / m / "own" for m in ("rmt", "fam", "lm2")),
+               *(HERE / "armt" / name for name in ("order", "keys256"))]
     shown = set()
     for folder in folders:
         for name, runs in groups(folder, "remember").items():
             memory, cells = runs[0]["config"]["memory"], stored(runs)
             label = memory if memory not in shown else None
             shown.add(memory)
-            style = {**look(memory), "label": label}
+            style = {**look(memory), "label": label,
+                     **(dict(linestyle=(0, (1, 2))) if folder.name == "own" else {})}
             if folder.name != "order":
                 line(axes[0], cells, **style)
             if memory not in ("none", "full"):
                 axes[1].plot([runs[0]["final"]["state_floats"]],
                              [max(statistics.mean(v) for v in cells.values())], **{**style, "linestyle": ""})
     axes[0].plot([2, 256], [2, 256], color="#bbbbbb", linewidth=1)
-    for axis, label in zip(axes, ("pairs shown", "floats carried")):
+    for axis, label in zip(axes, ("pairs shown (dotted: own recipe)", "floats carried")):
         axis.set_xscale("log", base=2 if axis is axes[0] else 10)
         axis.set_yscale("symlog", base=2, linthresh=1)
         axis.set(xlabel=label, ylim=(0, 300))
