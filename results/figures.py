@@ -77,7 +77,7 @@ def pairs():
     """Accuracy against the number of pairs and of updates, one line a memory."""
     own = dict(remember=[(memory, "own", f"remember-{memory}") for memory in ("rmt", "fam", "lm2")],
                rewrite=[("armt", "pass", "rewrite-armt-pass_state0.9")])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), sharey=True)
     for axis, task, title in zip(axes, ("remember", "rewrite"),
                                  ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
         for name, runs in groups(HERE / "compare", task).items():
@@ -93,7 +93,7 @@ def pairs():
         axis.axhline(6.25, color="#bbbbbb", linewidth=1)
         axis.set(xlabel=title, ylim=(-2, 103))
     axes[0].set_ylabel("accuracy, % (mean, and all of three seeds)")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), ncol=2, frameon=False, fontsize=9, loc=(0.02, 0.4))
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc=(1.02, 0.1))
     save(figure, HERE / "figures" / "pairs.svg")
 
 
@@ -215,7 +215,7 @@ def page(memory):
         found = groups(folder)
         for i, (name, runs) in enumerate(found.items()):
             kind, _, words = name.partition(f"-{memory}")
-            label = f"{kind.partition('-')[2]} {words.replace('-', ' ')}".strip() or "nothing left out"
+            label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
             line(axis, by_length(runs), color=matplotlib.colormaps["viridis"](i / len(found)),
                  marker="osD^vP"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=label)
         lengths = sorted(by_length(sum(found.values(), [])))
