@@ -236,7 +236,7 @@ class BSWABlock(FullBlock):
 
     def __init__(self, config):
         super().__init__(config)
-        self.max_cache = config.window * config.segment_len      # W T tokens
+        self.max_cache = config.window * config.segment_len      # W T tokens, for the T of training
 
     def truncate(self, *cache):
         """k and v (B, H, P, d) -> copies of their last W T tokens"""
