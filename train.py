@@ -70,7 +70,7 @@ class Config(GPTConfig):
     # the machine
     device: str = "auto"            # auto takes cuda, then mps, then cpu
     dtype: str = "float32"          # or bfloat16: autocast, with memories in float32
-    compile: int = 0                # 1 compiles the model first; meant for a GPU, some 10% faster on a CPU
+    compile: int = 0                # 1 compiles the model first; meant for a GPU, a tenth faster on a CPU
     threads: int = 0                # CPU threads; 0 takes OMP_NUM_THREADS, or one
     out_dir: str = ""               # folder of the run, or of a grid; out/TASK-MEMORY-seedN if left out
 
