@@ -367,10 +367,7 @@ def train(c, model, task, device, optimizers, p):
         finite = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite()
         p["failed"] = max(0, p["failed"] - 1) if finite else p["failed"] + 1
         if p["failed"] == 20:
-            bar.close()
-            signal.signal(signal.SIGINT, handler)
-            raise ValueError(f"the loss is not finite any more, at step {p['step']} in stage {names[stage]}: "
-                             f"try a smaller --lr or --muon_lr")
+            break
         for optimizer in optimizers if finite else ():
             optimizer.step()
 
@@ -410,6 +407,9 @@ def train(c, model, task, device, optimizers, p):
             saved = time.time()                          # the first step is saved, too
     bar.close()
     signal.signal(signal.SIGINT, handler)
+    if p["failed"] == 20:
+        raise ValueError(f"the loss is not finite any more, at step {p['step']} in stage {names[stage]}: "
+                         f"try a smaller --lr or --muon_lr")
     if p["done"] and not p["learned"]:
         flag = "--last_steps" if last else "--stage_steps"
         print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, like "
