@@ -1051,23 +1051,6 @@ def test_an_evaluation_asks_what_the_files_ask_in_another_book(task, align, libr
             assert spoken(ids, ".") == asked.facts
 
 
-def test_released_samples_are_read_and_asked_and_bad_ones_named(tmp_path):
-    file = tmp_path / "qa1_1k.jsonl"
-    good = dict(input="A line\u2028of text. Mary went to the office.", question="Where is Mary? ",
-                target="office")
-    file.write_text("\ufeff" + 3 * (json.dumps(good, ensure_ascii=False) + "\n"), encoding="utf-8")
-    config = train.Config(task="qa1", eval_text=[str(file)])
-    (cell,) = (task := make_task(config)).cells(config)
-    questions, left_out = task.questions(cell)
-    assert len(questions) == 3 and left_out == 0 and spoken(questions[0].question, "?") == ["Where is Mary?"]
-    with pytest.raises(ValueError, match="--task"):
-        task_of(task="qa1+qa2", eval_text=[str(file)]).cells(config)
-    for bad in ("{", json.dumps({**good, "target": "moon"}), json.dumps({"input": "x"}), "[" * 100000):
-        file.write_text(bad)
-        with pytest.raises(ValueError, match="qa1_1k.jsonl"):
-            task.released(file)
-
-
 def told_keys(text):
     """All keys stated in a text: [(where its sentence starts, digits, is it true)]."""
     five = r"(\d \d \d \d \d)"

@@ -65,7 +65,7 @@ class Config(GPTConfig):
     # evaluation
     eval_lengths: str = "2,4,8,16"  # where to evaluate, in pairs, segments or words; 1k and 1M work
     eval_samples: str = "2000"      # questions at each length; the last number repeats
-    eval_text: list = ()            # qa: other files to ask in, or .json files of released BABILong samples
+    eval_text: list = ()            # qa: UTF-8 files to ask in, if not those of training
     babi_dir: str = ""              # qa: folder of the published files, whose test questions are then asked
     # the machine
     device: str = "auto"            # auto takes cuda, then mps, then cpu

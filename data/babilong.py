@@ -7,7 +7,6 @@ into one of a fixed number of buckets. So there is no vocabulary to build, and a
 do not matter. Lengths count the words of facts and background, not the marks . ? ! and not the question.
 """
 import itertools
-import json
 import random
 import re
 import zlib
@@ -234,8 +233,7 @@ class InText:
         return list
 
     def check(self, config, training=True):
-        lengths = [cell["length"] for cell in self.cells(config)]
-        asked = self.eval_files * any(isinstance(n, int) and n > 0 for n in lengths)
+        asked = self.eval_files * any(cell["length"] > 0 for cell in self.cells(config))
         for files, part in ((self.files * training, "train"), (asked, self.where["split"])):
             for file in set(files) - {PROSE}:
                 Background([file], part, self.words)
@@ -300,9 +298,6 @@ class BABILong(InText):
         if training and config.batch_size < len(self.rows):
             raise ValueError(f"--batch_size: {config.task} needs at least {len(self.rows)} rows")
         super().check(config, training)
-        for cell in self.cells(config):
-            if isinstance(cell["length"], str):
-                self.questions(cell)                       # a file of released samples, perhaps damaged
         for part in dict.fromkeys(self.rows) if self.babi_dir else ():
             babi.read_stories(babi.find_file(self.babi_dir, part))
 
@@ -354,21 +349,12 @@ class BABILong(InText):
         return Batch(context, fill(questions).reshape(size, self.n_questions, -1), answers)
 
     def cells(self, config):
-        """A dict for each part and length; the name of a file of released samples is a length, too."""
-        files = [file for file in self.eval_files if str(file).endswith((".json", ".jsonl"))]
-        if files and len(set(self.rows)) > 1:
-            raise ValueError("--task: name the one task that the released samples are of, as in --task qa1")
-        if files and len({Path(file).name for file in files}) < len(self.eval_files):
-            raise ValueError("--eval_text: released samples need different names, and no text beside them")
-        points = [(Path(file).name, 10 ** 6) for file in files] or eval_points(config, 0)
         return [dict(part=part, length=length, n=n, **self.where)
-                for part in dict.fromkeys(self.rows) for length, n in points]
+                for part in dict.fromkeys(self.rows) for length, n in eval_points(config, 0)]
 
     def questions(self, cell):
         """The published or simulated questions of one part: of n stories if there are so many."""
         key, out = cell["part"], []
-        if isinstance(cell["length"], str):
-            return self.released(dict(zip(self.where["text"], self.eval_files))[cell["length"]]), 0
         if key not in self.samples:
             stories = babi.read_stories(babi.find_file(self.babi_dir, key)) if self.babi_dir else \
                 babi.simulate(random.Random(f"val {key}"), key, 1000)
@@ -381,27 +367,3 @@ class BABILong(InText):
                 context = compose(generator(0, "test", length, i), facts, length, text)
                 out.append(Question(context, self.ask(sample.question), [self.words.id(sample.answer)]))
         return out, len(samples) - len(out)
-
-    def released(self, file):
-        """
-        The samples of a file as BABILong is released: a JSON list, or one JSON object a line, each with
-        input, question and target. ValueError with file and number for a sample that lacks one of them or has
-        an unknown target.
-        """
-        text, out = read_text(file), []
-        try:
-            samples = json.loads(text) if text.lstrip().startswith("[") else [
-                json.loads(line) for line in text.split("\n") if line.strip()]
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file}: not JSON ({str(e)[:80]})") from None
-        for i, sample in enumerate(samples, start=1):
-            sample = sample if isinstance(sample, dict) else {}
-            fields = [sample.get(k) for k in ("input", "question", "target")]
-            if not all(isinstance(field, str) for field in fields):
-                raise ValueError(f"{file}, sample {i}: expected the texts input, question and target")
-            answer = self.words.ids.get(fields[2].strip().lower())
-            if answer is None:
-                raise ValueError(f"{file}, sample {i}: '{fields[2][:40]}' is no answer that this model knows")
-            context = np.array(self.words.pad(self.words.encode(fields[0]), self.align), dtype=np.int64)
-            out.append(Question([context], self.ask(fields[1]), [answer]))
-        return out

@@ -80,8 +80,7 @@ def tables(runs):
     out = []
     for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
         found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
-        lengths = sorted({length for _, cells in found.values() for length in cells},
-                         key=lambda n: (isinstance(n, str), n))
+        lengths = sorted({length for _, cells in found.values() for length in cells})
         asked, lines = [json.loads(kind) for _, kind in found], []
         differ = [k for k in dict.fromkeys(k for kind in asked for k in kind if k != "part")
                   if len({str(kind.get(k)) for kind in asked}) > 1]
@@ -98,7 +97,7 @@ def tables(runs):
                 lines.append(["  95% interval", "", "", "", "",
                               *(interval(cells.get(length, [])) for length in lengths), ""])
         head = ["accuracy, %", "seeds", "parameters", "state", "minutes",
-                *(f"{n:,}" if isinstance(n, int) else n for n in lengths), ""]
+                *(f"{n:,}" for n in lengths), ""]
         widths = [max(map(len, column)) for column in zip(head, *lines)]
         out.append("")
         for line in [head, *lines]:
