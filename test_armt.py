@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -1502,14 +1503,14 @@ def test_every_table_of_accuracies_is_that_of_the_rows(capsys):
     assert len(shown) > 100 and not [line for line in shown if line not in printed]
 
 
-@pytest.mark.slow
-def test_the_memory_in_the_readme_trains_and_can_be_used(tmp_path):
+def test_the_memory_in_the_readme_trains_and_can_be_used(tmp_path, monkeypatch, capsys):
     (tmp_path / "fade.py").write_text(FADE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MEMORIES, "fade", None)                            # nobody else shall find it there
     for line in (f"{FAST} --memory fade --stages 2 --eval_lengths 2", "sample"):
-        done = subprocess.run([sys.executable, "fade.py", *line.split(), "--out_dir", "run"], cwd=tmp_path,
-                              check=True, env=os.environ | dict(PYTHONPATH=str(TOP)), text=True,
-                              stdout=subprocess.PIPE)
-    assert rows_of(tmp_path / "run", "final") and done.stdout.count(" -> ") == 5
+        monkeypatch.setattr(sys, "argv", ["fade.py", *line.split(), "--out_dir", "run"])
+        runpy.run_path("fade.py", run_name="__main__")
+    assert rows_of(tmp_path / "run", "final") and capsys.readouterr().out.count(" -> ") == 1 + 5
 
 
 @pytest.mark.slow
