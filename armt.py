@@ -14,7 +14,7 @@ Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, 
 Depth is the loop in `Layered.forward`, one block after another (RMT has its own: its memory goes from the top
 of one segment to the bottom of the next). The memory is a value: it goes into a call as `state` and comes out
 as a new `state`, and no module keeps anything for itself. So an empty memory is `state=None`, two questions
-about one book use one state twice, and `torch.save(state)` saves a memory.
+about one book use one state twice, and `torch.save(state, file)` saves a memory.
 
 Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, rows or slots (n_mem),
           C width (n_embd), L layers, H heads, d = C / H features of a head, W cached segments (window),
@@ -25,8 +25,8 @@ Sources:  RMT   Bulatov, Kuratov, Burtsev 2022, arXiv 2207.06881
           ARMT  Rodkin, Kuratov, Bulatov, Burtsev 2024, arXiv 2407.04841
           FAM   Hwang, Wang, Huo, Sim, Moreno Mengibar 2024, arXiv 2404.09173
           LM2   Kang et al. 2025, arXiv 2502.06049
-          the backbone follows GPT-2, without biases, dropout and tied embeddings, with the rotary positions
-          of Su et al. 2021, arXiv 2104.09864
+          the backbone follows GPT-2, without dropout, tied embeddings and biases of linear layers, with the
+          rotary positions of Su et al. 2021, arXiv 2104.09864
 
 A comment that starts with `differs:` marks a departure from a paper, with its reason. To read the code, begin
 at the end, with `GPT.forward`, and then pick a memory.
@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """A model and its memory. None means the memory's default, which `GPT(config).config` has instead."""
+    """A model and its memory. None stands for the memory's default; `GPT(config).config` has it filled in."""
     vocab_size: int = 128          # V, different tokens; set by the task
     segment_len: int = 64          # T, tokens that the model reads at once
     n_layer: int = 2               # L, blocks
@@ -330,7 +330,7 @@ class ARMTBlock(Block):
         self.gate = F.hardsigmoid if config.gate == "hardsigmoid" else torch.sigmoid
         self.W_Q, self.W_K = nn.Linear(C, d_mem, bias=False), nn.Linear(C, d_mem, bias=False)
         # differs: the authors start W_V at 0. Drawn like the rest it learns sooner; but the gradient of the
-        # published rule with several memory tokens then grows with the segments (after 50: 6e3 to 8e4).
+        # published rule with several memory tokens then grows with the segments.
         self.W_V, self.w_beta = nn.Linear(C, C, bias=False), nn.Linear(C, 1)
 
     def init_state(self, batch_size):
@@ -415,14 +415,14 @@ class ARMT(Layered):
 #   cost: (T + M) (W T + M + T); the only new parameters are the prompt's M C
 #   ablate  no_copy        rows have no residual around attention
 #           sum_fam        rows query with a learned vector each, and have no residual around attention
-#           stop_gradient  as in bswa: of the cache
+#           stop_gradient  as in bswa: the cache, of a window of at least one segment, is a constant
 #           norm_rows      rows are normalised before they are carried (not in the paper). Without it each
 #                          segment adds to them, so they grow, and what a late segment adds counts ever less
-#   F_0 of a layer is the learned prompt after the layers below, without the segment: otherwise tokens would
-#   see their own future. Rows stand at the last M positions before the segment, as queries and as keys (the
-#   paper leaves open where the queries stand).
-#   differs: a short last segment updates F, too, so that no text is lost; the paper does not say. Its random
-#   position offset is left out: rotary scores do not depend on it.
+#   F_0 of the first layer is the learned prompt; of a higher one it is what the layers below make of the
+#   prompt alone: had it seen the segment, tokens would see their future. Rows stand at the last M positions
+#   before the segment, as queries and as keys (the paper leaves open where the queries stand).
+#   differs: the window is 0 unless asked for; the paper adds rows to a window. Its random position offset is
+#   left out: rotary scores do not depend on it.
 
 class FAMBlock(BSWABlock):
     """A block whose rows go through it beside the tokens, with the same weights."""
@@ -491,7 +491,7 @@ class FAM(Layered):
 #   carried: bank (B, M, C), at first M rows of an identity, in each of the first mem_layers layers
 #   cost: T^2 + 2 T M
 #   ablate  no_output_gate, no_input_gate, no_forget_gate: the gate is 1
-#   differs: the paper writes E, so row t of the bank belongs to token t, and one bank goes through all
+#   differs: the paper writes E itself: slot t of its bank belongs to token t, and one bank goes through all
 #   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
 #   differs: the paper queries with the layer's input; its output gate multiplies the bank, its input gate
 #   sees tokens. Here a is the query (as in the published code), the output gate sees E, the others U, bank.
@@ -499,7 +499,7 @@ class FAM(Layered):
 #   published code show a token its future (a test builds such a leak).
 
 class CrossAttention(nn.Module):
-    """Rows of x query rows of m, all of them, without positions and without an output projection."""
+    """Each row of x looks at all rows of m, without positions and without an output projection."""
 
     def __init__(self, config):
         super().__init__()
@@ -564,9 +564,9 @@ class LM2(Layered):
 # ------------------------------------------------------------------------------------------------------------
 # The model: embedding, time loop, head
 
-# Add yours: MEMORIES["mine"] = Mine, a module Mine(config) with init_state(batch_size) -> nested tuples of
-# tensors, forward(x, state) -> (h, state), one segment through all layers, final LayerNorm included, and with
-# options and ablations as Layered has them.
+# Add yours: MEMORIES["mine"] = Mine. A Mine(config) is a module with init_state(batch_size) -> nested tuples
+# of tensors, and forward(x, state) -> (h, state), which takes one segment through all layers and the final
+# LayerNorm. The class has options and ablations, as Layered does.
 MEMORIES = dict(none=NoMemory, full=FullAttention, bswa=BSWA, rmt=RMT, armt=ARMT, fam=FAM, lm2=LM2)
 CHOICES = dict(rule=("published", "delta"), gate=("sigmoid", "hardsigmoid"))
 SIZES = [f.name for f in fields(GPTConfig) if f.type in (int, int | None)]
@@ -617,10 +617,13 @@ def checked(config):
         raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even width")
-    words = ["nothing", *(w for w in words if config.rule != "delta" or w not in ("no_gamma", "gated_z"))]
+    idle = dict(no_gamma=config.rule == "delta", gated_z=config.rule == "delta",
+                stop_gradient=config.window == 0)                                # there they change nothing
+    words = ["nothing", *(word for word in words if not idle.get(word))]
     for word in config.ablate.split("+"):
         if word not in words:
-            raise ValueError(f"ablate: memory '{config.memory}' has no '{word}'; it has {', '.join(words)}")
+            raise ValueError(f"ablate: with these settings '{config.memory}' has no '{word}'; it has "
+                             f"{', '.join(words)}")
     return config
 
 
@@ -638,8 +641,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):         # as in GPT-2: 2 L branches add up in the end
                 p.data /= (2 * config.n_layer) ** 0.5
             # differs: queries and keys start small, so attention starts flat. Drawn like the rest they look
-            # at some tokens from the start, and a random choice is slow to unlearn: to recall one of two
-            # pairs, `full` needed 790, 1,320 and over 2,600 steps, and 460 to 570 with this.
+            # at some tokens from the start, and a random choice is slow to unlearn.
             if name.endswith("c_attn.weight"):
                 p.data[:2 * config.n_embd] *= 0.1
 

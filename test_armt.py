@@ -1140,7 +1140,8 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
     ("--task qa1 --babi_dir nowhere", "babi_dir"), ("--eval_samples 0", "eval_samples"),
     ("--memory full --compile 1", "compile"), ("--memory none,rmt --ablate no_delta", "no_delta"),
     ("--eval_only", "holds no run"), ("--eval_lengths 17", "16 keys"), ("--mem_layers 2", "mem_layers"),
-    ("--eval_only --like nowhere", "--like"), ("--task qa1 --background .gitignore", "no sentence")])
+    ("--memory fam --ablate stop_gradient", "no_copy"), ("--eval_only --like nowhere", "--like"),
+    ("--task qa1 --background .gitignore", "no sentence")])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, named, capsys, tmp_path):
     assert named in fails(capsys, f"{FAST} {flags} --out_dir {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
