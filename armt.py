@@ -68,8 +68,9 @@ EMBEDDING_STD = 0.5                # embeddings and memory tokens start at the s
 def rotary_angles(n, d, device, dtype):
     """[cos, cos] and [-sin, sin], (n, d) each, of p / 10000^(2i/d) for position p and feature pair i."""
     with torch.inference_mode(False):      # a table made for inference could not serve training later
-        frequency = 10000.0 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
-        angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency         # (n, d/2)
+        made_on = "cpu" if device.type == "mps" else device                       # MPS has no float64
+        frequency = 10000.0 ** (-torch.arange(d // 2, dtype=torch.float64, device=made_on) / (d // 2))
+        angle = torch.arange(n, dtype=torch.float64, device=made_on)[:, None] * frequency        # (n, d/2)
         cos, sin = angle.cos(), angle.sin()
         return torch.cat((cos, cos), 1).to(device, dtype), torch.cat((-sin, sin), 1).to(device, dtype)
 
@@ -354,14 +355,16 @@ class ARMTBlock(Block):
     def write(self, u, A, z=None):
         """
         Memory tokens u (B, M, C), which all see the same A and z -> (A, z), or (A,) without z. Where no
-        gradient is asked for, A is written in place: GPT.forward gives each call its own copy.
+        gradient is asked for, A is written in place (GPT.forward gives each call its own copy), but not in
+        compiled code, which could then not be captured in a CUDA graph.
         """
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
         vbar, overlap = self.lookup(k, A, z)                                      # (B, M, C) (B, M, 1)
         if "no_delta" not in self.ablate:
             v = v - vbar
-        add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+        in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
         if z is None:
             return (A,)
@@ -495,8 +498,7 @@ class FAM(Layered):
 #   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
 #   differs: the paper queries with the layer's input; its output gate multiplies the bank, its input gate
 #   sees tokens. Here a is the query (as in the published code), the output gate sees E, the others U, bank.
-#   differs: gradient crosses segments, and tokens read what the segment before has written. The gates of the
-#   published code show a token its future (a test builds such a leak).
+#   differs: gradient crosses segments, and tokens read what the segment before has written.
 
 class CrossAttention(nn.Module):
     """Each row of x looks at all rows of m, without positions and without an output projection."""
@@ -683,7 +685,7 @@ class GPT(nn.Module):
             hidden += [h] if targets is not None else []
         if targets is None:
             return self.lm_head(h[:, -1:]), None, state
-        columns = (targets != -1).any(0)                                          # (N,), n of them true
+        columns = (targets != -1).any(0).nonzero()[:, 0]                          # (n,)
         logits, targets = self.lm_head(torch.cat(hidden, dim=1)[:, columns]), targets[:, columns]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
         return logits, loss / (targets != -1).sum().clamp(min=1), state

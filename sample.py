@@ -228,7 +228,9 @@ def converse(reader):
                 reader.read(line[5:].strip())
                 print(f"read {reader.words_read - before:,} words in {time.time() - began:.1f} s")
             elif line.endswith("?"):
-                reply(reader, line, as_json=False)
+                told, stop, question = line.rpartition(". ")
+                reader.tell(told + stop)
+                reply(reader, question, as_json=False)
             elif line.endswith("."):
                 reader.warn(line)
                 reader.tell(line)
@@ -240,9 +242,9 @@ def converse(reader):
             print("stopped; nothing of it was read")
 
 
-def show_samples(config, model, task, device, n):
-    """What is read, the question, the answer and the truth, of n fresh samples of the longest stage."""
-    questions, _ = task.questions(dict(length=max(numbers("stages", config.stages))[0], n=n))
+def show_samples(config, model, task, device):
+    """What is read, the question, the answer and the truth, of five fresh samples of the longest stage."""
+    questions, _ = task.questions(dict(length=max(numbers("stages", config.stages))[0], n=5))
     for q, said in zip(questions, answer(model.eval(), questions, device, tqdm(disable=True))):
         context, truth = task.show(np.concatenate(q.context)), task.show(q.answer)
         truth = "correct" if said == list(q.answer) else f"wrong, it is {truth}"
@@ -255,7 +257,6 @@ def make_parser():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default=str(PRETRAINED), help="the run to use (the one that is shipped)")
     parser.add_argument("--device", default="auto", help="auto takes cuda, then mps, then cpu")
-    parser.add_argument("--samples", type=int, metavar="N", help="recall, passkey: samples to show (5)")
     parser.add_argument("--facts", default="", help="qa: sentences to tell")
     parser.add_argument("--read", nargs="+", action="extend", default=[], metavar="FILE",
                         help="qa: UTF-8 files to read")
@@ -279,24 +280,22 @@ def main(argv=None):
         device = pick_device(args.device)
         config, model, _ = load(args.out_dir, device)
         task = make_task(config)
-        if args.samples is not None and args.samples < 1:
-            raise ValueError("--samples: at least one")
         if not hasattr(task, "ask"):
-            for name in vars(args).keys() - {"out_dir", "device", "samples"}:
+            for name in vars(args).keys() - {"out_dir", "device"}:
                 if getattr(args, name) != parser.get_default(name):
-                    raise ValueError(f"--{name}: {config.task} has no text to be told, only --samples")
-            return show_samples(config, model, task, device, args.samples or 5)
-        if args.samples:
-            raise ValueError(f"--samples: {config.task} is told and asked; see --facts, --read and --ask")
+                    raise ValueError(f"--{name}: {config.task} has no text to be told; leave it out")
+            return show_samples(config, model, task, device)
+        if args.json and not (args.ask or args.save_state):
+            raise ValueError("--json: a conversation has none; see --ask")
+        reader = Reader(config, model, task, device)
         if args.save_state:                                                # tried before a book is read
             try:
                 if Path(args.save_state).is_dir():
-                    raise IsADirectoryError(0, "it is a folder")
-                write_atomically(f"{args.save_state}.try", lambda path: path.touch())
+                    raise IsADirectoryError("it is a folder")
+                reader.save(f"{args.save_state}.try")
                 Path(f"{args.save_state}.try").unlink()
             except OSError as e:
-                raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror}") from None
-        reader = Reader(config, model, task, device)
+                raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror or e}") from None
         if args.load_state:
             reader.load(args.load_state)
         facts = args.facts.strip()

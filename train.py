@@ -193,6 +193,10 @@ def check(c, chosen, training=True):
         raise ValueError(f"--dtype: there is no '{c.dtype}'; choose float32 or bfloat16")
     if c.compile and (c.memory in ("full", "bswa") or c.window):
         raise ValueError(f"--compile: memory '{c.memory}' keeps a cache, and code is compiled for one size")
+    if c.price and c.memory in ("none", "full") and "price" in chosen:
+        raise ValueError(f"--price: a memory '{c.memory}' has nothing to be charged for")
+    if not training and c.align not in (0, c.segment_len) and "align" in chosen:
+        raise ValueError(f"--align: in an evaluation it is 0 or --segment_len, {c.segment_len}")
     if c.pass_state and WORLD > 1:
         raise ValueError("--pass_state: only the memory of one process is in a checkpoint")
     if c.batch_size % WORLD:
@@ -208,11 +212,12 @@ def check(c, chosen, training=True):
 
 def pick_device(name):
     """The device to use. ValueError when the one that was asked for is not there."""
-    found = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
-    if name in ("auto", "cuda") and WORLD > 1 and found[0] == "cuda":
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    if name != "auto" and not re.fullmatch(rf"({'|'.join(found)})(:\d)?", name):
-        raise ValueError(f"--device: there is no '{name}' here; choose auto or {' or '.join(found)}")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto" and WORLD > 1:                             # torchrun: a GPU for each process, or no GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if gpus else "cpu"
+    found = ["cuda"] * bool(gpus) + ["mps"] * torch.mps.is_available() + ["cpu"]
+    if name not in ("auto", *found, *gpus):
+        raise ValueError(f"--device: there is no '{name}' here; choose auto, {', '.join([*found, *gpus])}")
     return found[0] if name == "auto" else name
 
 
@@ -228,7 +233,6 @@ def read_config(path):
         kinds = {float: float | int, list: list | tuple}
         fit = [isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)]
         fit += [isinstance(x, str) for x in (*config.vocab, *config.background, *config.eval_text)]
-        fit += [not isinstance(x, bool) for x in vars(config).values()]              # True is an int, too
         if all(fit) and "memory" in saved:
             return config
     except (ValueError, AttributeError, TypeError, RecursionError):
@@ -356,15 +360,15 @@ def train(c, model, task, device, optimizers, p):
 
         # a batch, of which each process takes its rows, perhaps read with the memory of the batch before
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
-        before = p.get("state") if passed else None
+        before = None if p["state"] is None or not passed else state_map(lambda s: s.to(device), p["state"])
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
             loss, written, row, correct, state = batch_loss(mine, c.price * through, before)
-        p["state"] = state_map(torch.Tensor.detach, state) if c.pass_state else None
         (loss * share + written).backward()
         finite = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).isfinite()
+        p["state"] = state_map(torch.Tensor.detach, state) if c.pass_state and finite else None
         p["failed"] = max(0, p["failed"] - 1) if finite else p["failed"] + 1
         if p["failed"] == 20:
             break
@@ -386,7 +390,7 @@ def train(c, model, task, device, optimizers, p):
         for part, right in shares.items():
             p["sums"][part] = 0.95 * p["sums"].get(part, 0.0) + 0.05 * right
         running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # bias-corrected, as in Adam
-        p["learned"] = running >= c.learned and p["stage_step"] >= LEAST_STEPS
+        p["learned"] = running >= c.learned and (last or p["stage_step"] >= LEAST_STEPS)
         if p["learned"] and not last:
             p.update(stage=stage + 1, stage_step=0, sums={})
         p["done"] = p["stage_step"] >= (c.last_steps if last else c.stage_steps)
@@ -408,8 +412,8 @@ def train(c, model, task, device, optimizers, p):
     bar.close()
     signal.signal(signal.SIGINT, handler)
     if p["failed"] == 20:
-        raise ValueError(f"the loss is not finite any more, at step {p['step']} in stage {names[stage]}: "
-                         f"try a smaller --lr or --muon_lr")
+        raise ValueError(f"the loss or its gradient is not finite any more, at step {p['step']} in stage "
+                         f"{names[stage]}: try a smaller --lr or --muon_lr")
     if p["done"] and not p["learned"]:
         flag = "--last_steps" if last else "--stage_steps"
         print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, like "
@@ -465,9 +469,9 @@ def one_run(c):
     model = GPT(c).to(device)
     optimizers, rows = make_optimizers(model, c), read_rows(folder)
     progress = dict(step=0, stage=0, stage_step=0, sums={}, failed=0, seconds=0.0, learned=False,
-                    done=False)
+                    done=False, state=None)
     if (folder / "ckpt.pt").exists():
-        saved, _, checkpoint = load(folder, device)
+        saved, _, checkpoint = load(folder)
         if "optimizers" not in checkpoint:
             raise ValueError(f"--out_dir: {folder} holds weights only, for sample.py and --eval_only")
         for name in asdict(c).keys() - FREE:
@@ -477,12 +481,14 @@ def one_run(c):
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
-        progress = checkpoint["progress"]
+        progress |= checkpoint["progress"]
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
         if not progress["done"]:
             print(f"{folder}: continues at step {progress['step']}")
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
+    elif (folder / "config.json").exists():
+        read_config(folder)                                      # ValueError if it is another program's
     write_rows(folder, rows)                                     # without half a last row
     with torch.no_grad():
         tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
@@ -505,13 +511,15 @@ def one_run(c):
     return True
 
 
-def main(argv=None):
+def main(argv=None, answer=answer):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     like, eval_only, given = parse(argv)
     with one_line_errors("train.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)      # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
         configs, failed = to_evaluate(given) if eval_only else grid(like, given), 0
         usual = torch.get_num_threads()
+        if WORLD > 1 and (eval_only or len(configs) > 1):
+            raise ValueError("torchrun trains one run; evaluate, or train a grid, without it")
         if WORLD > 1:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
@@ -522,11 +530,11 @@ def main(argv=None):
                     if eval_only:
                         model = load(c.out_dir, device := pick_device(c.device))[1]
                         compiled(model, c)
-                        evaluate(c, model, make_task(c), device)
+                        evaluate(c, model, make_task(c), device, answer)
                     elif not one_run(c):
                         sys.exit(130)
             except ValueError as e:
-                if len(configs) == 1 or WORLD > 1:
+                if len(configs) == 1:
                     raise
                 print(f"{c.out_dir}: {e}")      # the other runs of a grid do not need this one
                 failed += 1

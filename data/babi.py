@@ -228,14 +228,12 @@ def latest(events, fits, start=0):
 
 
 def asks(task, events, about):
-    """All that can be asked about a subject, and is answered by the events: a list of Ask, perhaps empty."""
+    """All that can be asked about a subject of the events, and is answered by them: a list of Ask."""
     if task == "qa4":
         i, (_, a, side, b, _, _) = events.index(about), about
         return [Ask(f"What is {side} of the {b}?", a, (i,)),
                 Ask(f"What is the {b} {OPPOSITE[side]} of?", a, (i,))]
     last = latest(events, lambda e: subject(task, e) == about)
-    if last is None:
-        return []
     who = events[last].who
     if task == "qa1":
         return [Ask(f"Where is {who}? ", events[last].place, (last,))]
@@ -252,8 +250,6 @@ def asks(task, events, about):
         move = latest(events[:end], lambda e: e.action == "move" and e.who == who, 0 if dropped else last)
         return [] if move is None else [Ask(f"Where is the {about}? ", events[move].place, (last, move))]
     start = latest(events[:last + 1], lambda e: e.action == "get" and e.what == about)
-    if start is None:
-        return []
     way = [i for i in range(start, end) if events[i].action == "move" and events[i].who == who]
     places = [events[i].place for i in way]                       # the thing was carried to these, one by one
     return [Ask(f"Where was the {about} before the {places[j]}? ", places[j - 1], (last, way[j], way[j - 1]),
@@ -336,8 +332,7 @@ def everything(events):
     named = lambda spot: spot if isinstance(spot, str) else UNKNOWN
     been = {thing: [named(spot) for spot, _ in itertools.groupby(way[thing])] for thing in THINGS}
     people, asked = dict.fromkeys([*ACTORS, *GIVERS]), {task: {} for task in TASKS}
-    for who in people:
-        asked["qa1"][f"Where is {who}? "] = named(at[who])
+    asked["qa1"] = {f"Where is {who}? ": named(at[who]) for who in people}
     for thing, places in been.items():
         asked["qa2"][f"Where is the {thing}? "] = places[-1] if places else UNKNOWN
         for place in PLACES:                                   # the place before its last stay there

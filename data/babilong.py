@@ -212,6 +212,7 @@ def compose(rng, facts, length, background):
 
 class InText:
     """What tasks share that hide something in background text."""
+    decoys = 0.0                        # share of the sentences of the training text that `disguise` changes
 
     def __init__(self, config, vocab):
         self.words = Words(config.vocab or vocab)
@@ -225,12 +226,9 @@ class InText:
     def text(self, part, align=0):
         """The Background to train with (part "train") or to evaluate in ("eval")."""
         if part == "train":
-            return Background(self.files, "train", self.words, align, self.disguise())
+            change = self.disguise() if self.decoys else list
+            return Background(self.files, "train", self.words, align, change)
         return Background(self.eval_files, self.where["split"], self.words, align)
-
-    def disguise(self):
-        """What each sentence of the training text goes through, from ids to ids."""
-        return list
 
     def check(self, config, training=True):
         asked = self.eval_files * any(cell["length"] > 0 for cell in self.cells(config))
@@ -275,9 +273,7 @@ class BABILong(InText):
         return [self.words.pad(self.encode(fact), align) for fact in facts]
 
     def disguise(self):
-        """A share, --decoys, of the sentences come to look a little like facts."""
-        if not self.decoys:
-            return list
+        """A function from ids to ids, after which a share, --decoys, of all sentences looks like facts."""
         facts = [self.encode(line.text) for part in self.rows
                  for story in babi.simulate(random.Random(0), part, 200)
                  for line in story if line.answer is None]
@@ -292,9 +288,10 @@ class BABILong(InText):
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
         for stage in numbers("stages", config.stages, least=1):
-            if training and len(stage) == 3 and not 0 < config.align <= stage[2] <= config.segment_len:
-                raise ValueError(f"--stages: a segment of {stage[2]} tokens is shorter than --align, which "
-                                 f"must not be 0, or longer than --segment_len")
+            low, high = config.align, config.segment_len
+            if training and len(stage) == 3 and not (0 < low < high and low <= stage[2] <= high):
+                raise ValueError(f"--stages: segments of {stage[2]} tokens need an --align above 0 and below "
+                                 f"--segment_len, and lie between the two")
         if training and config.batch_size < len(self.rows):
             raise ValueError(f"--batch_size: {config.task} needs at least {len(self.rows)} rows")
         super().check(config, training)

@@ -9,7 +9,7 @@ A download that breaks off is kept as FILE.part, and the same command continues 
 before it is written: the archive's files by their SHA-256 (data/babi.sha256), each text by its title and its
 size.
 
-The SHA-256 of qa3's training file of en-10k was not at hand, so that file is left in the archive. Training
+The SHA-256 of qa3's training file of en-10k was not at hand, so that file is not unpacked. Training
 needs none of these files: stories are simulated, and there is a built-in background.
 """
 import argparse

@@ -34,19 +34,21 @@ def write_atomically(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError):                  # of torch.save, where a disk is full
+            raise OSError(f"cannot write {path}: {e}") from None
         raise
 
 
 def read_rows(folder):
     """The rows of metrics.jsonl, without half a last line (a power cut). ValueError names other damage."""
     path, rows = Path(folder, "metrics.jsonl"), []
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for n, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line else []
-        except ValueError:
+            rows += [row for row in [json.loads(line)] if row["kind"]] if line else []
+        except (ValueError, TypeError, KeyError):
             if n < len(lines):
                 raise ValueError(f"{path}, line {n}: damaged; delete the line to go on without it") from None
             print(f"{path}: the last line is cut off, and left out")
@@ -99,6 +101,8 @@ def one_line_errors(program, stopped="stopped"):
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"{program}: {' '.join(str(e).split())}")
     except (MemoryError, RuntimeError) as e:
+        if re.search(r"C\+\+ compiler|[Tt]riton", str(e)):
+            sys.exit(f"{program}: --compile 1 needs a C++ compiler and, on a GPU, Triton")
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
         sys.exit(f"{program}: out of memory; try a smaller model, batch or text")

@@ -127,23 +127,16 @@ class Authors(torch.nn.Module):
 def against_authors(device):
     """Print how many times faster armt.py reads and trains than that, usual and compiled."""
     made, idx = models("recall", device, ["armt"])
-    ours, theirs = made["armt"], Authors(made["armt"])
+    again, _ = models("recall", device, ["armt"])                        # the same seed, so the same weights
+    again["armt"].memory.forward = torch.compile(again["armt"].memory.forward, dynamic=False)
+    works = dict(theirs=Authors(made["armt"]), ours=made["armt"], compiled=again["armt"])
     targets = torch.full_like(idx, -1)
     targets[:, -1] = idx[:, -1]
     few = idx[:, :18]                      # at initialisation differences of rounding grow with the segments
-    assert torch.allclose(ours(few)[0], theirs(few)[0][:, -1:], atol=1e-2)
-    usual = ours.memory.forward
-    fast = torch.compile(usual, dynamic=False)
-
-    def compiled(work):
-        ours.memory.forward = fast
-        work()
-        ours.memory.forward = usual
-    read, train = lambda: ours(idx), lambda: ours(idx, targets)[1].backward()
+    assert torch.allclose(works["ours"](few)[0], works["theirs"](few)[0][:, -1:], atol=1e-2)
     with torch.no_grad():
-        reading = medians(dict(theirs=lambda: theirs(idx), ours=read, compiled=lambda: compiled(read)))
-    training = medians(dict(theirs=lambda: theirs(idx, targets)[1].backward(), ours=train,
-                            compiled=lambda: compiled(train)))
+        reading = medians({name: lambda m=m: m(idx) for name, m in works.items()})
+    training = medians({name: lambda m=m: m(idx, targets)[1].backward() for name, m in works.items()})
     for what, times in (("reading", reading), ("training", training)):
         print(f"{what}: theirs {1000 * times['theirs']:.0f} ms; "
               f"ours {times['theirs'] / times['ours']:.2f} times as fast, "
@@ -155,18 +148,18 @@ def words(lengths):
     from data import babilong, numbers
     text = babilong.prose(20000, seed="cost")
     print("words       microseconds a word   MB at most")
-    for (n,) in numbers("words", lengths):
-        with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as file:
+    for (n,) in numbers("words", lengths, 1, 1):
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             per = len(babilong.Words().split(text)) - text.count(".") - text.count("?")
             file.write((text + "\n") * (n // per))
             file.write(text[:int(len(text) * (n % per) / per)])
-        code = ("import resource, sys, time; sys.argv = ['sample.py']; import sample; t = time.time(); "
-                f"sample.main(['--read', {file.name!r}, '--ask', 'Where is Mary?', '--json']); "
-                "print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
-        out = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True,
-                             check=True).stdout
+            file.flush()
+            code = ("import resource, sys, time; sys.argv = ['sample.py']; import sample; t = time.time(); "
+                    f"sample.main(['--read', {file.name!r}, '--ask', 'Where is Mary?', '--json']); "
+                    "print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+            out = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True,
+                                 check=True).stdout
         seconds, peak = map(float, out.split("\n")[1].split())
-        os.unlink(file.name)
         print(f"{n:<12,}{1e6 * seconds / n:18.1f}{peak:13,.0f}")
 
 

@@ -17,7 +17,7 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ImportError:
-    raise ImportError("figures need matplotlib: pip install matplotlib") from None
+    sys.exit("figures need matplotlib: pip install matplotlib")
 
 HERE = Path(__file__).parent
 LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"),
@@ -44,9 +44,9 @@ def by_length(runs):
     """{length: [accuracy in per cent of each seed]}"""
     found = {}
     for run in runs:
-        for row in run["eval"]:
-            if row["accuracy"] is not None:
-                found.setdefault(row["cell"]["length"], []).append(100 * row["accuracy"])
+        rows = sorted((row for row in run["eval"] if row["n"]), key=lambda row: row["n"])
+        for length, row in {row["cell"]["length"]: row for row in rows}.items():       # the one with most
+            found.setdefault(length, []).append(100 * row["accuracy"])
     return dict(sorted(found.items()))
 
 
@@ -167,14 +167,6 @@ def curve():
     save(figure, HERE / "figures" / "curve.svg")
 
 
-def stored(runs):
-    """
-    {pairs shown: [pairs stored, for each seed]}, by appendix B of ARMT: n (v a - 1) / (v - 1) of n pairs, if
-    a is the accuracy and what is not stored is guessed among v = 16 values.
-    """
-    return {n: [n * max(0, 16 * a / 100 - 1) / 15 for a in values] for n, values in by_length(runs).items()}
-
-
 def capacity():
     """Pairs stored against pairs shown, and at most, against the floats carried."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
@@ -183,7 +175,10 @@ def capacity():
     shown = set()
     for folder in folders:
         for name, runs in groups(folder, "remember").items():
-            memory, cells = runs[0]["config"]["memory"], stored(runs)
+            memory = runs[0]["config"]["memory"]
+            # appendix B of ARMT: n (16 a - 1) / 15 of n pairs; what is not stored is guessed among 16 values
+            cells = {n: [n * max(0, 16 * a / 100 - 1) / 15 for a in values]
+                     for n, values in by_length(runs).items()}
             label = memory if memory not in shown else None
             shown.add(memory)
             style = {**look(memory), "label": label,

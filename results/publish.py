@@ -44,6 +44,8 @@ def main():
     with one_line_errors("publish.py"):
         args.target.mkdir(parents=True, exist_ok=True)
         if args.weights:
+            if (args.target / "ckpt.pt").exists():
+                raise ValueError(f"{args.target} holds a run already; choose another folder")
             from train import load, save                     # needs torch; the rest of this file does not
             config, model, _ = load(args.source)
             for name in MACHINE:
@@ -54,6 +56,8 @@ def main():
         else:
             for name, run in read_runs(args.source):
                 path, text = args.target / f"{name}-seed{run['config']['seed']}.json", as_text(run)
+                if path.exists() and path.read_text(encoding="utf-8") != text:
+                    raise ValueError(f"{path} holds another run; move it away first")
                 write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
                 print(path)
 

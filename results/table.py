@@ -63,10 +63,14 @@ def mean_of(rows):
 
 
 def cells_of(runs):
-    """{(kind of run, its cell without length and n, as JSON): (its runs, {length: eval rows})}"""
+    """
+    {(kind of run, its cell without length and n, as JSON): (its runs, {length: eval rows})}. What a run was
+    asked twice counts once, with the larger n.
+    """
     found = {}
     for name, run in runs:
-        for row in run["eval"]:
+        rows = sorted(run["eval"], key=lambda row: row["n"])
+        for row in {json.dumps(row["cell"] | dict(n=0)): row for row in rows}.values():
             asked = {k: v for k, v in row["cell"].items() if k not in ("length", "n")}
             mine, cells = found.setdefault((name, json.dumps(asked)), ([], {}))
             if run not in mine:

@@ -9,18 +9,17 @@ train.py, of a memory that blank segments leave as it is.
 Flags are those of `train.py --eval_only`; the rows go to metrics.jsonl of the run.
 """
 import sys
-from dataclasses import replace
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import torch                                                              # noqa: E402
 
 import train                                                              # noqa: E402
-from data import chunks, make_task                                        # noqa: E402
-from data.files import one_line_errors, only_user                         # noqa: E402
+from data import chunks                                                   # noqa: E402
 from sample import read_fast                                              # noqa: E402
 
-QUIET = set()                          # which segments did not write to which memory, kept from text to text
+QUIET = defaultdict(set)     # of each model: which segments did not write to which memory, from text to text
 
 
 @torch.no_grad()
@@ -28,20 +27,11 @@ def answer(model, questions, device, bar):
     """As train.answer, for one question."""
     (question,), T, state = questions, model.config.segment_len, model.init_state(1)
     for chunk in chunks([question.context], 4096 * T, T):
-        state, _ = read_fast(model, torch.from_numpy(chunk).to(device).view(-1, T), state, QUIET)
+        state, _ = read_fast(model, torch.from_numpy(chunk).to(device).view(-1, T), state, QUIET[model])
         bar.update(chunk.size)
     idx, answers = (torch.tensor([list(ids)], device=device) for ids in (question.question, question.answer))
     return train.ask(model, idx, answers, state)[0].argmax(-1).tolist()
 
 
 if __name__ == "__main__":
-    _, _, given = train.parse(["--eval_only", *sys.argv[1:]])
-    with one_line_errors("long.py", "stopped; the same command continues"):
-        torch.set_flush_denormal(True)
-        for c in train.to_evaluate({**given, "batch_size": [1]}):
-            torch.set_num_threads(c.threads or 1)
-            with only_user(c.out_dir):
-                model = train.load(c.out_dir, device := train.pick_device(c.device))[1]
-                train.compiled(model, replace(c, batch_size=64))
-                QUIET.clear()
-                train.evaluate(c, model, make_task(c), device, answer)
+    train.main([*sys.argv[1:], "--eval_only", "--batch_size", "1"], answer)

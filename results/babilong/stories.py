@@ -25,6 +25,8 @@ def ask_everything(folder):
     """Print a line for what is known and one for what is not."""
     c, model, _ = train.load(folder)
     task, dice, T, marks = make_task(c), random.Random("stories"), c.segment_len, []
+    if task.kind != "qa":
+        raise ValueError(f"{folder}: {c.task} is not told anything")
     for part, i in tqdm([*itertools.product(babi.TASKS, range(200))], leave=False):
         events = list(itertools.islice(babi.world(dice, part), 1 + i % 6))
         told = segments([sum(task.tell([event.text for event in events], task.align), [])], T)
