@@ -8,7 +8,7 @@ float64.
 
     pytest                      everything
     pytest -k future            the tests with this word in their name
-    pytest -m "not slow"        without those that train a model
+    pytest -m "not slow"        without the one that trains a model for long
 """
 import hashlib
 import http.server
@@ -1247,7 +1247,7 @@ def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(
     assert "--lr" in fails(capsys, f"{command} --lr 1")
 
 
-def test_two_processes_train_as_one_does(tmp_path):
+def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
     command = (f"{FAST} --task qa1+qa4 --stages 2/0,4/20 --learned 0 --price 0.01 --eval_lengths 0 "
                f"--background {TOP}/README.md --out_dir {tmp_path}")
     run(f"{command}/one")
@@ -1257,6 +1257,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert [row["accuracy"] for row in one] == [row["accuracy"] for row in two]
     one, two = ([row["loss"] for row in rows if "loss" in row] for rows in (one, two))
     assert one == pytest.approx(two, abs=2e-4)
+    monkeypatch.setattr(train, "WORLD", 2)
+    assert "torchrun" in fails(capsys, f"{FAST} --seed 0,1 --out_dir {tmp_path}")
 
 
 def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
