@@ -170,8 +170,8 @@ def curve():
 def capacity():
     """Pairs stored against pairs shown, and at most, against the floats carried."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    folders = [HERE / "compare", *(HERE / m / "own" for m in ("rmt", "fam", "lm2")),
-               *(HERE / "armt" / name for name in ("order", "keys256"))]
+    folders = [HERE / "compare", *(HERE / "armt" / name for name in ("order", "keys256")),
+               *(HERE / memory / "own" for memory in ("rmt", "fam", "lm2"))]
     shown = set()
     for folder in folders:
         for name, runs in groups(folder, "remember").items():
