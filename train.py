@@ -213,8 +213,8 @@ def check(c, chosen, training=True):
 def pick_device(name):
     """The device to use. ValueError when the one that was asked for is not there."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name == "auto" and WORLD > 1:                             # torchrun: a GPU for each process, or no GPU
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if gpus else "cpu"
+    if WORLD > 1 and name in ("auto", "cuda"):                   # torchrun: a GPU for each process, or no GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if gpus or name == "cuda" else "cpu"
     found = ["cuda"] * bool(gpus) + ["mps"] * torch.mps.is_available() + ["cpu"]
     if name not in ("auto", *found, *gpus):
         raise ValueError(f"--device: there is no '{name}' here; choose auto, {', '.join([*found, *gpus])}")
