@@ -17,7 +17,8 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ImportError:
-    sys.exit("figures need matplotlib: pip install matplotlib")
+    message = "figures need matplotlib: pip install matplotlib"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(message) from None
 
 HERE = Path(__file__).parent
 LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"),
