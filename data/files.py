@@ -101,8 +101,8 @@ def one_line_errors(program, stopped="stopped"):
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"{program}: {' '.join(str(e).split())}")
     except (MemoryError, RuntimeError) as e:
-        if re.search(r"C\+\+ compiler|[Tt]riton", str(e)):
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
+            sys.exit(f"{program}: out of memory; try a smaller model, batch or text")
+        if re.search(r"working (C\+\+ compiler|triton)", str(e), re.IGNORECASE):
             sys.exit(f"{program}: --compile 1 needs a C++ compiler and, on a GPU, Triton")
-        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
-            raise
-        sys.exit(f"{program}: out of memory; try a smaller model, batch or text")
+        raise
