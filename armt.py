@@ -498,7 +498,8 @@ class FAM(Layered):
 #   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
 #   differs: the paper queries with the layer's input; its output gate multiplies the bank, its input gate
 #   sees tokens. Here a is the query (as in the published code), the output gate sees E, the others U, bank.
-#   differs: gradient crosses segments, and tokens read what the segment before has written.
+#   differs: gradient crosses segments, and tokens read what the segment before has written. The gates of the
+#   published code show a token its future (a test builds such a leak).
 
 class CrossAttention(nn.Module):
     """Each row of x looks at all rows of m, without positions and without an output projection."""
@@ -619,8 +620,8 @@ def checked(config):
         raise ValueError(f"n_mem: {config.n_mem} is above n_embd = {config.n_embd}: slots would start alike")
     if config.n_embd % (2 * config.n_head):
         raise ValueError(f"n_embd: {config.n_embd} does not split into {config.n_head} heads of even width")
-    idle = dict(no_gamma=config.rule == "delta", gated_z=config.rule == "delta",
-                stop_gradient=config.window == 0)                                # there they change nothing
+    delta = config.rule == "delta"
+    idle = dict(no_gamma=delta, gated_z=delta, stop_gradient=config.window == 0)     # would change nothing
     words = ["nothing", *(word for word in words if not idle.get(word))]
     for word in config.ablate.split("+"):
         if word not in words:

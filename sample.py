@@ -229,6 +229,7 @@ def converse(reader):
                 print(f"read {reader.words_read - before:,} words in {time.time() - began:.1f} s")
             elif line.endswith("?"):
                 told, stop, question = line.rpartition(". ")
+                reader.warn(told)
                 reader.tell(told + stop)
                 reply(reader, question, as_json=False)
             elif line.endswith("."):

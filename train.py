@@ -233,6 +233,7 @@ def read_config(path):
         kinds = {float: float | int, list: list | tuple}
         fit = [isinstance(getattr(config, f.name), kinds.get(f.type, f.type)) for f in fields(Config)]
         fit += [isinstance(x, str) for x in (*config.vocab, *config.background, *config.eval_text)]
+        fit += [not isinstance(x, bool) for x in vars(config).values()]              # True is an int, too
         if all(fit) and "memory" in saved:
             return config
     except (ValueError, AttributeError, TypeError, RecursionError):
@@ -360,7 +361,7 @@ def train(c, model, task, device, optimizers, p):
 
         # a batch, of which each process takes its rows, perhaps read with the memory of the batch before
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
-        before = None if p["state"] is None or not passed else state_map(lambda s: s.to(device), p["state"])
+        before = p["state"] if passed else None
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
@@ -482,6 +483,8 @@ def one_run(c):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         progress |= checkpoint["progress"]
+        if progress["state"] is not None:
+            progress["state"] = state_map(lambda s: s.to(device), progress["state"])
         rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
         if not progress["done"]:
             print(f"{folder}: continues at step {progress['step']}")

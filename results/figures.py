@@ -45,9 +45,9 @@ def by_length(runs):
     """{length: [accuracy in per cent of each seed]}"""
     found = {}
     for run in runs:
-        rows = sorted((row for row in run["eval"] if row["n"]), key=lambda row: row["n"])
-        for length, row in {row["cell"]["length"]: row for row in rows}.items():       # the one with most
-            found.setdefault(length, []).append(100 * row["accuracy"])
+        for row in run["eval"]:
+            if row["accuracy"] is not None:
+                found.setdefault(row["cell"]["length"], []).append(100 * row["accuracy"])
     return dict(sorted(found.items()))
 
 

@@ -19,7 +19,8 @@ from data.files import one_line_errors, read_rows                        # noqa:
 def read_runs(folder):
     """
     All finished runs in `folder`, of either form: [(name without seed, dict(config, final, eval, curve))].
-    What cannot be read is named in one line and left out. ValueError if nothing is left.
+    A cell that was asked twice counts once, with the larger n. What cannot be read is named in one line and left
+    out. ValueError if nothing is left.
     """
     runs = []
     files = [Path(folder)] if Path(folder).is_file() else [*Path(folder).glob("*/config.json"),
@@ -33,6 +34,9 @@ def read_runs(folder):
                 run = dict(config=run, eval=of("eval"), final=(of("final") or [None])[-1], curve=of("train"))
             name = path.parent.name if path.name == "config.json" else path.stem
             name = re.sub(r"-?seed\d+$", "", name) or name
+            kind = lambda row: json.dumps(row["cell"] | dict(n=0))
+            last = {kind(row): row for row in sorted(run["eval"], key=lambda row: row["n"])}
+            run["eval"] = [row for row in run["eval"] if row is last[kind(row)]]
             if run["final"]:
                 tables([(name, run)]), [(row["stage"], row["step"]) for row in run["curve"]]    # or it fails
                 runs.append((name, run))
@@ -63,14 +67,10 @@ def mean_of(rows):
 
 
 def cells_of(runs):
-    """
-    {(kind of run, its cell without length and n, as JSON): (its runs, {length: eval rows})}. What a run was
-    asked twice counts once, with the larger n.
-    """
+    """{(kind of run, its cell without length and n, as JSON): (its runs, {length: eval rows})}"""
     found = {}
     for name, run in runs:
-        rows = sorted(run["eval"], key=lambda row: row["n"])
-        for row in {json.dumps(row["cell"] | dict(n=0)): row for row in rows}.values():
+        for row in run["eval"]:
             asked = {k: v for k, v in row["cell"].items() if k not in ("length", "n")}
             mine, cells = found.setdefault((name, json.dumps(asked)), ([], {}))
             if run not in mine:
