@@ -19,8 +19,8 @@ from data.files import one_line_errors, read_rows                        # noqa:
 def read_runs(folder):
     """
     All finished runs in `folder`, of either form: [(name without seed, dict(config, final, eval, curve))].
-    A cell that was asked twice counts once, with the larger n. What cannot be read is named in one line and left
-    out. ValueError if nothing is left.
+    A cell that was asked twice counts once, with the larger n. What cannot be read is named in one line and
+    left out. ValueError if nothing is left.
     """
     runs = []
     files = [Path(folder)] if Path(folder).is_file() else [*Path(folder).glob("*/config.json"),
