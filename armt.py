@@ -1,7 +1,7 @@
 """
 A small GPT that reads text segment by segment, with seven choices of what to carry from one to the next.
 
-    memory  carried from one segment to the next     who writes it               cost of a segment
+    memory  carried from one segment to the next     who writes it               cost / C, a layer
     none    nothing                                  -                           T^2
     full    keys and values of the whole past        every token, every layer    T (P + T)
     bswa    keys and values of the last W segments   every token, every layer    T (W + 1) T
@@ -153,13 +153,12 @@ class Block(nn.Module):
         """x (B, T, C), past and mask as in CausalSelfAttention -> x (B, T, C), past"""
         y, past = self.attn(self.ln_1(x), past, mask)
         x = x + y
-        x = x + self.mlp(self.ln_2(x))
-        return x, past
+        return x + self.mlp(self.ln_2(x)), past
 
 
 class Layered(nn.Module):
     """
-    The depth loop, for memories whose state never leaves its layer. Such a memory is a `block` with
+    Blocks, and the depth loop for memories whose state stays in its layer. Such a memory is a `block` with
     `init_state(batch_size) -> s` and `forward(x, s) -> (x, s)`. `options` are the fields of GPTConfig that
     the memory has, with their defaults; `ablations` are the words that `ablate` may name.
     """
@@ -194,8 +193,7 @@ class NoneBlock(Block):
         return ()
 
     def forward(self, x, state):
-        x, _ = super().forward(x)
-        return x, state
+        return super().forward(x)[0], state
 
 
 class NoMemory(Layered):
@@ -229,15 +227,15 @@ class FullAttention(Layered):
 #   carried: k, v (B, H, P, d) of the last P <= W T tokens, per layer; P is 0 at first
 #   cost: T (W + 1) T
 #   ablate  stop_gradient: the cache is a constant, as in Transformer-XL, so a segment cannot learn to be
-#           useful to the next (Transformer-XL also lets each token see only the W T tokens before it; the
-#           paper's table 8 finds no difference in that)
+#           useful to the next (Transformer-XL also lets each token see only the W T tokens before it; FAM's
+#           table 8 finds no difference in that)
 
 class BSWABlock(FullBlock):
     """Full attention that forgets: only W T tokens stay in its cache."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.max_cache = config.window * config.segment_len      # W T tokens, for the T of training
+        self.max_cache = config.window * config.segment_len                      # W T tokens
 
     def truncate(self, *cache):
         """k and v (B, H, P, d) -> copies of their last W T tokens"""
@@ -316,8 +314,8 @@ class RMT(Layered):
 #           the authors' later form (`use_denom=False` in their code)
 #   gate    sigmoid as published, or hardsigmoid, relu6(x + 3) / 6: a sigmoid never reaches 0, so many
 #           unimportant segments each add a little to A and bury older content
-#   ablate  no_delta: A adds up every value; no_gamma: z adds up every key; gated_z:
-#           z <- z + beta gamma k, so that a gate that is shut leaves both A and z unchanged
+#   ablate  no_delta: vbar is 0; no_gamma: gamma is 1; gated_z: z <- z + beta gamma k, so that a gate that is
+#           shut leaves both A and z unchanged
 #   The memory tokens stand last and attention is causal: no text sees them, so the past comes through A.
 
 class ARMTBlock(Block):
@@ -331,12 +329,13 @@ class ARMTBlock(Block):
         self.gate = F.hardsigmoid if config.gate == "hardsigmoid" else torch.sigmoid
         self.W_Q, self.W_K = nn.Linear(C, d_mem, bias=False), nn.Linear(C, d_mem, bias=False)
         # differs: the authors start W_V at 0. Drawn like the rest it learns sooner; but the gradient of the
-        # published rule with several memory tokens then grows with the segments.
+        # published rule with several memory tokens then grows with each segment.
         self.W_V, self.w_beta = nn.Linear(C, C, bias=False), nn.Linear(C, 1)
 
     def init_state(self, batch_size):
-        W = self.W_V.weight
-        A = W.new_zeros(batch_size, self.D, len(W), dtype=torch.promote_types(W.dtype, torch.float32))
+        weight = self.W_V.weight                                                  # (C, C)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        A = weight.new_zeros(batch_size, self.D, len(weight), dtype=dtype)
         return (A,) if self.rule == "delta" else (A, A.new_zeros(batch_size, self.D))
 
     def phi(self, x):
@@ -346,7 +345,7 @@ class ARMTBlock(Block):
         return F.normalize(f, dim=-1, eps=self.eps) if self.rule == "delta" else f
 
     def lookup(self, q, A, z=None):
-        """What A answers for queries or keys q (B, R, D): (B, R, C); and q . z (B, R, 1), if there is a z"""
+        """What A answers for queries or keys q (B, R, D): (B, R, C), and q . z + eps (B, R, 1), or None"""
         if z is None:
             return q @ A, None
         overlap = q @ z.unsqueeze(-1) + self.eps
@@ -354,9 +353,9 @@ class ARMTBlock(Block):
 
     def write(self, u, A, z=None):
         """
-        Memory tokens u (B, M, C), which all see the same A and z -> (A, z), or (A,) without z. Where no
-        gradient is asked for, A is written in place (GPT.forward gives each call its own copy), but not in
-        compiled code, which could then not be captured in a CUDA graph.
+        Memory tokens u (B, M, C), which all see the same A and z -> (A, z), or (A,) without z. Without
+        gradient A is written in place (GPT.forward gives each call its own copy), except in compiled code,
+        which a CUDA graph could then not capture.
         """
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
@@ -415,20 +414,20 @@ class ARMT(Layered):
 #       (pre-LN throughout; in the first segment a_F has no + F, since F has nothing to keep yet)
 #
 #   carried: F (B, M, C); 0 or 1 (B, 1, 1), was F ever written?; bswa's cache k, v; per layer
-#   cost: (T + M) (W T + M + T); the only new parameters are the prompt's M C
+#   cost: (T + M) (W T + M + T); new parameters: the prompt's M C, and as many queries with sum_fam
 #   ablate  no_copy        rows have no residual around attention
 #           sum_fam        rows query with a learned vector each, and have no residual around attention
 #           stop_gradient  as in bswa: the cache, of a window of at least one segment, is a constant
 #           norm_rows      rows are normalised before they are carried (not in the paper). Without it each
 #                          segment adds to them, so they grow, and what a late segment adds counts ever less
-#   F_0 of the first layer is the learned prompt; of a higher one it is what the layers below make of the
-#   prompt alone: had it seen the segment, tokens would see their future. Rows stand at the last M positions
-#   before the segment, as queries and as keys (the paper leaves open where the queries stand).
-#   differs: the window is 0 unless asked for; the paper adds rows to a window. Its random position offset is
-#   left out: rotary scores do not depend on it.
+#   The first F of the first layer is the learned prompt; that of a higher one is what the layers below make
+#   of the prompt alone: had it seen the segment, tokens would see their future. Rows stand at the last M
+#   positions before the segment, as queries and as keys (the paper leaves open where the queries stand).
+#   differs: the paper adds rows to a window; here it is 0 unless asked for, so that rows alone remember. The
+#   paper's random position offset is left out: rotary scores do not depend on it.
 
 class FAMBlock(BSWABlock):
-    """A block whose rows go through it beside the tokens, with the same weights."""
+    """Rows go through it beside the tokens, with the same weights. Its state: FAM.init_state."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -449,9 +448,8 @@ class FAMBlock(BSWABlock):
         mask = torch.ones(M + T, P + M + T, dtype=torch.bool, device=x.device).tril(P)     # for tokens
         mask[:M], mask[:M, :P] = True, False             # for rows: all of F and of the segment, no cache
         y = self.attn.attend(rotary(q, start - M), keys, values, mask)            # (B, M + T, C)
-        if self.ablate & {"no_copy", "sum_fam"}:
-            written = torch.zeros_like(written)
-        a = torch.cat((written * fam, x), dim=1) + y
+        copied = 0.0 if self.ablate & {"no_copy", "sum_fam"} else written
+        a = torch.cat((copied * fam, x), dim=1) + y                               # (B, M + T, C)
         out = a + self.mlp(self.ln_2(a))
         cache = self.truncate(torch.cat((old_k, k[:, :, M:]), dim=2), torch.cat((old_v, v[:, :, M:]), dim=2))
         new = out[:, :M].clone()
@@ -484,21 +482,21 @@ class FAM(Layered):
 #
 #   Each layer owns a bank of M slots. Tokens query the bank that the segment before has left; a gate decides
 #   how much of the answer they take. Then the slots query the tokens, and as in an LSTM an input and a forget
-#   gate, one for each number, decide what is written and what is kept. Both look at what is in the bank.
+#   gate, with a value for each feature, decide what is written and what is kept. Both look at the bank, too.
 #
 #       read    E = Attention(a W_Q, bank W_K, bank W_V)          a: this layer's self-attention
-#               x <- x + a + g_out * E                            g_out = sigmoid(E W + b_out)
+#               x <- x + a + g_out * E                            g_out = sigmoid(E W_out + b_out)
 #       write   U = Attention(bank W_Q', a W_K', a W_V')
-#               bank <- g_in * tanh(U) + g_forget * bank          g = sigmoid(U W + tanh(bank) W' + b)
+#               bank <- g_in * tanh(U) + g_forget * bank          g = sigmoid(U W_g + tanh(bank) W_g' + b_g)
 #
-#   carried: bank (B, M, C), at first M rows of an identity, in each of the first mem_layers layers
+#   carried: bank (B, M, C) per layer with a memory; at first M rows of an identity, so that slots differ
 #   cost: T^2 + 2 T M
 #   ablate  no_output_gate, no_input_gate, no_forget_gate: the gate is 1
 #   differs: the paper writes E itself: slot t of its bank belongs to token t, and one bank goes through all
 #   layers. Here slots query tokens (as in the first author's earlier code), in a bank of their layer.
-#   differs: the paper queries with the layer's input; its output gate multiplies the bank, its input gate
-#   sees tokens. Here a is the query (as in the published code), the output gate sees E, the others U, bank.
-#   differs: gradient crosses segments, and tokens read what the segment before has written. The gates of the
+#   differs: in the paper the layer's input is the query, the output gate multiplies the bank, and the input
+#   gate looks at tokens. Here a is the query (as in the published code), and gates are as written above.
+#   differs: gradient crosses segments, and tokens read what the segment before has written: the gates of the
 #   published code show a token its future (a test builds such a leak).
 
 class CrossAttention(nn.Module):
@@ -516,17 +514,17 @@ class CrossAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """sigmoid(x W + tanh(bank) W' + b): for each feature, from 0 to 1, near sigmoid(b) at first."""
+    """sigmoid(x W_x + tanh(bank) W_bank + b): for each feature, from 0 to 1, near sigmoid(b) at first."""
 
     def __init__(self, config, bias, with_bank):
         super().__init__()
-        self.W = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.W_x = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.W_bank = nn.Linear(config.n_embd, config.n_embd, bias=False) if with_bank else None
         self.b = nn.Parameter(torch.tensor(float(bias)))         # one number, as in the authors' code
 
     def forward(self, x, bank=None):
-        h = self.W(x) + self.b if bank is None else self.W(x) + self.W_bank(torch.tanh(bank)) + self.b
-        return torch.sigmoid(h)                                                   # (B, R, C)
+        h = self.W_x(x) if bank is None else self.W_x(x) + self.W_bank(torch.tanh(bank))
+        return torch.sigmoid(h + self.b)                                          # (B, R, C)
 
 
 class LM2Block(Block):
@@ -541,8 +539,8 @@ class LM2Block(Block):
                                     if f"no_{name}_gate" not in self.ablate})
 
     def init_state(self, batch_size):
-        W = self.read.W_K.weight
-        bank = torch.eye(self.n_mem, len(W), dtype=W.dtype, device=W.device)      # (M, C)
+        weight = self.read.W_K.weight                                             # (C, C)
+        bank = torch.eye(self.n_mem, len(weight), dtype=weight.dtype, device=weight.device)      # (M, C)
         return bank.expand(batch_size, -1, -1)
 
     def gate(self, name, *x):
@@ -555,8 +553,7 @@ class LM2Block(Block):
         U = self.write(bank, a)                                                   # (B, M, C)
         bank = self.gate("input", U, bank) * torch.tanh(U) + self.gate("forget", U, bank) * bank
         x = x + (a + self.gate("output", E) * E)
-        x = x + self.mlp(self.ln_2(x))
-        return x, bank
+        return x + self.mlp(self.ln_2(x)), bank
 
 
 class LM2(Layered):
@@ -593,7 +590,7 @@ def tensors(state):
 
 
 def state_floats(state):
-    """How many numbers a state holds, all rows together."""
+    """How many numbers a state holds, in all rows of the batch together."""
     return sum(t.numel() for t in tensors(state))
 
 
@@ -641,10 +638,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):         # as in GPT-2: 2 L branches add up in the end
+            if name.endswith("c_proj.weight"):         # as in GPT-2: 2 L branches add up
                 p.data /= (2 * config.n_layer) ** 0.5
-            # differs: queries and keys start small, so attention starts flat. Drawn like the rest they look
-            # at some tokens from the start, and a random choice is slow to unlearn.
+            # differs: queries and keys of self-attention start small, so it starts flat. Drawn like the rest
+            # they look at some tokens from the start, and a random choice is slow to unlearn.
             if name.endswith("c_attn.weight"):
                 p.data[:2 * config.n_embd] *= 0.1
 
@@ -661,7 +658,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def init_state(self, batch_size):
-        """The empty memory for B rows: nested tuples of tensors, with gradient where it is learned."""
+        """The empty memory for a batch of B: nested tuples of tensors, with gradient where it is learned."""
         return self.memory.init_state(batch_size)
 
     def forward(self, idx, targets=None, state=None):

@@ -358,7 +358,7 @@ def lm2_by_hand(p, row, words, config):
             def gate(which, h, slot=None):
                 if f"no_{which}_gate" in words:
                     return 1
-                W, b = p[f"{name}.gates.{which}.W.weight"], p[f"{name}.gates.{which}.b"]
+                W, b = p[f"{name}.gates.{which}.W_x.weight"], p[f"{name}.gates.{which}.b"]
                 seen = 0 if slot is None else p[f"{name}.gates.{which}.W_bank.weight"] @ torch.tanh(slot)
                 return 1 / (1 + torch.exp(-(W @ h + seen + b)))
 
@@ -1488,13 +1488,14 @@ def test_every_command_of_the_readme_parses(monkeypatch):
         if program == "sample":
             sample.make_parser().parse_args(shlex.split(argv))
         elif "--help" not in argv:
-            like, eval_only, given = train.parse(shlex.split(argv))
-            for name in given.keys() & {"background", "eval_text", "babi_dir"}:    # downloads, maybe not here
-                given.pop(name)
+            like, eval_only, runs = train.parse(shlex.split(argv))
+            for chosen in runs:
+                for name in chosen.keys() & {"background", "eval_text", "babi_dir"}:      # downloads
+                    chosen.pop(name)
             if like:
                 assert Path(like).exists(), like
             elif not eval_only:
-                train.grid(like, given)
+                train.grid(like, runs)
 
 
 def test_links_into_armt_point_at_the_headings_of_memories():

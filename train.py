@@ -17,14 +17,12 @@ import argparse
 import inspect
 import itertools
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -49,7 +47,7 @@ class Config(GPTConfig):
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
     stages: str = "2,4,8,16"        # curriculum: most pairs, segments (passkey), facts/words/segment_len (qa)
     questions: int = 4              # recall: questions about a sample
-    align: int = 0                  # qa: sentences fill multiples of it; below segment_len: only in training
+    align: int = 0                  # qa: pad sentences to multiples of it; below segment_len: training only
     decoys: float = 0.0             # qa: share of the training background that looks like facts
     background: list = ("prose",)   # qa, passkey: UTF-8 files to train with; prose is the built-in text
     # training
@@ -57,11 +55,11 @@ class Config(GPTConfig):
     learned: float = 0.98           # running accuracy, of the task's worst part, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
     price: float = 0.0              # weight, at the end of the last stage, of a penalty on memory changes
-    pass_state: float = 0.0         # recall, passkey: share of last-stage batches that go on with the state
+    pass_state: float = 0.0         # recall, passkey: share of last-stage batches that go on with the memory
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
-    seed: int = 0                   # initial weights and all batches follow from it
+    seed: int = 0                   # determines the initial weights and all batches
     # evaluation
     eval_lengths: str = "2,4,8,16"  # where to evaluate, in pairs, segments or words; 1k and 1M work
     eval_samples: str = "2000"      # questions at each length; the last number repeats
@@ -78,7 +76,7 @@ class Config(GPTConfig):
 FREE = ("eval_lengths", "eval_samples", "eval_text", "babi_dir", "device", "dtype", "compile", "threads",
         "out_dir")                               # what may change when a run is continued
 EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may change in an evaluation
-LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")       # here commas make no grid
+LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")      # their commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
@@ -101,15 +99,16 @@ def comma_list(kind):
 
 
 def parse(argv):
-    """Command line -> (like, eval_only, {flag: list of values})"""
+    """Command line -> (like, eval_only, {flag: value} for each run)"""
     about = [f"  {name:6}{', '.join(f'{k} {v}' for k, v in Memory.options.items())}"
              f"{'; --ablate ' * bool(Memory.ablations)}{', '.join(Memory.ablations)}"
              for name, Memory in MEMORIES.items()]
     parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
                         ["memories, the options they have, and words for --ablate (joined by +):", *about]))
-    parser.add_argument("--like", metavar="RUN", default="", help="settings of a run: folder or results file")
-    parser.add_argument("--eval_only", action="store_true", help="evaluate the run in --out_dir")
+    source = parser.add_mutually_exclusive_group()       # a model is evaluated as it was trained
+    source.add_argument("--like", metavar="RUN", default="", help="settings of a run: folder or results file")
+    source.add_argument("--eval_only", action="store_true", help="evaluate the run in --out_dir")
     group = parser.add_argument_group("the model")
     heads = dict(task="the task", stage_steps="training", eval_lengths="evaluation", device="the machine")
     for f in fields(Config):
@@ -124,34 +123,34 @@ def parse(argv):
                                help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
-    if like and eval_only:
-        parser.error("--like: a model is evaluated as it was trained; leave it out")
-    return like, eval_only, {k: [value] if k in LISTS else value for k, value in given.items()}
+    values = [[value] if name in LISTS else value for name, value in given.items()]
+    return like, eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
-def grid(like, given):
+def grid(like, runs):
     """All runs that the flags ask for, checked: a list of Config, each with its own folder as out_dir."""
     base, configs, refused = asdict(read_config(like)) if like else {}, [], []
-    varied = [name for name, values in given.items() if len(values) > 1]
+    varied = [name for name in runs[0] if any(chosen[name] != runs[0][name] for chosen in runs)]
     if "out_dir" in varied:
         raise ValueError("--out_dir: name one folder; the runs of a grid have folders of their own in it")
-    for values in itertools.product(*given.values()):
-        chosen = dict(zip(given, values))
-        settings = find(chosen.get("task", base.get("task", Config.task)))[1]
+    for chosen in runs:
+        kind, settings = find(chosen.get("task", base.get("task", Config.task)))
+        if like and kind is not find(base["task"])[0]:
+            raise ValueError(f"--task: the settings of {like} are for {base['task']}; leave --like out")
         c = Config(**{**settings, **base, "vocab": [], "out_dir": "", **chosen})
         options = getattr(MEMORIES.get(c.memory), "options", {})
         for name in set(OPTIONAL) - {*chosen, *options}:        # a task, or --like, has it for another memory
             setattr(c, name, None)
         words = "task", "memory", "ablate"
         shown = chosen if like else dict(task=c.task, memory=c.memory) | chosen
-        name = [Path(like).name.removesuffix(".json").rsplit("-seed", 1)[0]] * bool(like)
-        name += [str(value) if flag in words else f"{flag}{value}" for flag, value in shown.items()
+        name = [Path(like).resolve().name.removesuffix(".json").rsplit("-seed", 1)[0]] * bool(like)
+        name += [flag * (flag not in words) + Path(str(value)).name for flag, value in shown.items()
                  if flag in {*words, *varied} - {"seed"}]
         if varied or not c.out_dir:
             c.out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
         try:
             configs.append(check(c, chosen))
-        except ValueError as e:                                  # some combinations of a grid cannot be
+        except ValueError as e:                                  # not every combination makes sense
             refused.append(e)
     if not configs:
         raise refused[-1]
@@ -159,24 +158,20 @@ def grid(like, given):
     return configs
 
 
-def to_evaluate(given):
-    """The runs in the folders that --out_dir names, with the flags of an evaluation: a list of Config."""
-    configs = []
-    for values in itertools.product(*given.values()):
-        chosen = dict(zip(given, values))
-        saved = read_config(chosen.get("out_dir", "out"))
-        c = replace(saved, **{"out_dir": "out", **chosen})
-        if wrong := chosen.keys() - set(EVAL):
-            raise ValueError(f"--{min(wrong)}: a model is evaluated as it was trained; leave it out")
-        task, trained = make_task(c), make_task(saved)
-        if task.kind != trained.kind or not set(task.rows) <= set(trained.rows):
-            raise ValueError(f"--task: the model in {c.out_dir} was trained on {saved.task}")
-        configs.append(check(c, chosen, training=False))
-    return configs
+def to_evaluate(chosen):
+    """The Config of the run in --out_dir, with the flags of an evaluation."""
+    saved = read_config(chosen.get("out_dir", "out"))
+    c = replace(saved, **{"out_dir": "out", **chosen})
+    if wrong := chosen.keys() - set(EVAL):
+        raise ValueError(f"--{min(wrong)}: a model is evaluated as it was trained; leave it out")
+    task, trained = make_task(c), make_task(saved)
+    if task.kind != trained.kind or not set(task.rows) <= set(trained.rows):
+        raise ValueError(f"--task: the model in {c.out_dir} was trained on {saved.task}")
+    return check(c, chosen, training=False)
 
 
 def check(c, chosen, training=True):
-    """The config with the memory's defaults. ValueError names a flag that cannot be, or does not apply."""
+    """The config with the memory's defaults. ValueError names a flag that is wrong or does not apply."""
     most = 10 ** 9
     ranges = dict(questions=(1, 256), align=(0, 512), decoys=(0, 1), stage_steps=(1, most), learned=(0, 1),
                   last_steps=(1, most), price=(0, most), pass_state=(0, 1), batch_size=(1, most),
@@ -257,15 +252,14 @@ def load(folder, device="cpu"):
 def save(folder, config, **checkpoint):
     """What `load` reads: config.json and ckpt.pt."""
     text = json.dumps(asdict(config), indent=1) + "\n"
-    if RANK == 0:
-        write_atomically(Path(folder, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
-        write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
+    write_atomically(Path(folder, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
 
 
 # --- Training -----------------------------------------------------------------------------------------------
 
 def changes(old, new):
-    """How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor; of a cache that grew none."""
+    """How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor but a cache that has grown."""
     size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
     return [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new))
             if a.shape == b.shape]
@@ -312,7 +306,7 @@ class BatchLoss(torch.nn.Module):
 
 
 def compiled(model, c):
-    """With --compile, give `model` compiled code for segments of full batches; others use the usual code."""
+    """With --compile, give `model` compiled code for segments of full batches; others run as usual."""
     if not c.compile:
         return
     shapes = {(c.batch_size // WORLD, c.segment_len >> i) for i in range(8 if c.align else 1)}   # (rows, T)
@@ -343,20 +337,21 @@ def train(c, model, task, device, optimizers, p):
     checkpoint.
     """
     names, stages, parts = c.stages.split(","), numbers("stages", c.stages), task.rows
-    batch_loss, stop, saved = BatchLoss(model, device), [], 0.0
+    batch_loss, stop, stops, saved = BatchLoss(model, device), [], 0, 0.0
     if WORLD > 1:
         batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
     bar = tqdm(initial=p["step"], desc=Path(c.out_dir).name, unit="step", dynamic_ncols=True,
                disable=RANK > 0 or None)
-    while not p["done"] and not stop:
+    while not p["done"] and not stops:
         stage, last, began = p["stage"], p["stage"] + 1 == len(stages), time.time()
 
         # learning rate: it rises in the first steps and falls to zero in the last stage, as the price rises
         through = p["stage_step"] / c.last_steps if last else 0.0
         rate = min(1.0, (p["step"] + 1) / (WARMUP + 1)) * (1 - through)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * rate
             optimizer.zero_grad(set_to_none=True)
 
         # a batch, of which each process takes its rows, perhaps read with the memory of the batch before
@@ -377,11 +372,13 @@ def train(c, model, task, device, optimizers, p):
             optimizer.step()
 
         # what all processes found; accuracy of each part of the task
-        found = [(loss.item() * share / WORLD, row * WORLD + RANK, correct)]
+        sums = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(stop)])
+        found = [(sums, row * WORLD + RANK, correct)]
         if WORLD > 1:
             found = found * WORLD
             distributed.all_gather_object(found, found[RANK])
-        loss, row, correct = sum(x for x, _, _ in found), *(np.concatenate(x) for x in [*zip(*found)][1:])
+        (loss, written, stops), row, correct = sum(x for x, _, _ in found), *(
+            np.concatenate(x) for x in [*zip(*found)][1:])
         part_of = np.array([parts[r % len(parts)] for r in row])
         shares = {part: float(correct[part_of == part].mean()) for part in dict.fromkeys(part_of.tolist())}
 
@@ -403,23 +400,23 @@ def train(c, model, task, device, optimizers, p):
         bar.update()
         if p["step"] % 25 == 0 or p["done"] or stage != p["stage"]:
             add_row(c.out_dir, kind="train", step=p["step"], stage=names[stage],
-                    seconds=round(p["seconds"], 2), written=round(written.item(), 5),
-                    loss=round(loss, 5) if math.isfinite(loss) else None,
+                    seconds=round(p["seconds"], 2), written=round(written, 5),
+                    loss=round(loss, 5) if np.isfinite(loss) else None,
                     accuracy={part: round(right, 4) for part, right in shares.items()})
-        if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
+        if p["done"] or stage != p["stage"] or stops or time.time() - saved > 60:
             save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                  progress=p)
             saved = time.time()                          # the first step is saved, too
     bar.close()
     signal.signal(signal.SIGINT, handler)
     if p["failed"] == 20:
-        raise ValueError(f"the loss or its gradient is not finite any more, at step {p['step']} in stage "
+        raise ValueError(f"the loss or its gradient is no longer finite, at step {p['step']} in stage "
                          f"{names[stage]}: try a smaller --lr or --muon_lr")
     if p["done"] and not p["learned"]:
         flag = "--last_steps" if last else "--stage_steps"
-        print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, like "
-              f"a guess among {math.exp(min(loss, 20)):.1f} answers")
-    return p["done"]
+        print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, no "
+              f"better than a guess among {np.exp(min(loss, 20)):.1f} answers")
+    return p["done"] and not stops
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -439,13 +436,13 @@ def answer(model, questions, device, bar):
 def evaluate(c, model, task, device, answer=answer):
     """A row of metrics.jsonl for each part of the task and length, if it is not there yet."""
     model.config.segment_len = c.segment_len
-    write_rows(c.out_dir, rows := read_rows(c.out_dir))          # without half a last row
+    write_rows(c.out_dir, rows := read_rows(c.out_dir))          # drops half a last row
     done = [row["cell"] for row in rows if row["kind"] == "eval"]
     for cell in [cell for cell in task.cells(c) if cell not in done]:
         (questions, left_out), said, began = task.questions(cell), [], time.time()
         tokens = sum(len(piece) for q in questions for piece in q.context)
         with tqdm(total=tokens, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
-                  leave=False) as bar:
+                  leave=False, disable=None) as bar:
             for start in range(0, len(questions), c.batch_size):
                 with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
                     said += answer(model, questions[start:start + c.batch_size], device, bar)
@@ -475,12 +472,12 @@ def one_run(c):
         saved, _, checkpoint = load(folder)
         if "optimizers" not in checkpoint:
             raise ValueError(f"--out_dir: {folder} holds weights only, for sample.py and --eval_only")
-        for name in asdict(c).keys() - FREE:
-            if getattr(saved, name) != getattr(c, name):
+        for name in ("task", *asdict(c)):        # first the task, from which defaults of others follow
+            if name not in FREE and getattr(saved, name) != getattr(c, name):
                 raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not "
                                  f"{getattr(c, name)}; choose another --out_dir")
         model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         progress |= checkpoint["progress"]
         if progress["state"] is not None:
@@ -492,7 +489,7 @@ def one_run(c):
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
     elif (folder / "config.json").exists():
         read_config(folder)                                      # ValueError if it is another program's
-    write_rows(folder, rows)                                     # without half a last row
+    write_rows(folder, rows)                                     # drops half a last row
     with torch.no_grad():
         tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
         state = model(torch.zeros(1, tokens, dtype=torch.long, device=device))[2]
@@ -516,10 +513,10 @@ def one_run(c):
 
 def main(argv=None, answer=answer):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
-    like, eval_only, given = parse(argv)
+    like, eval_only, runs = parse(argv)
     with one_line_errors("train.py", "stopped; the same command continues"):
         torch.set_flush_denormal(True)      # numbers below 1e-38 are 0: with them a CPU trains 3 times slower
-        configs, failed = to_evaluate(given) if eval_only else grid(like, given), 0
+        configs, failed = list(map(to_evaluate, runs)) if eval_only else grid(like, runs), 0
         usual = torch.get_num_threads()
         if WORLD > 1 and (eval_only or len(configs) > 1):
             raise ValueError("torchrun trains one run; evaluate, or train a grid, without it")
@@ -529,7 +526,7 @@ def main(argv=None, answer=answer):
         for c in configs:
             torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
             try:
-                with only_user(c.out_dir) if RANK == 0 else nullcontext():
+                with only_user(c.out_dir):
                     if eval_only:
                         model = load(c.out_dir, device := pick_device(c.device))[1]
                         compiled(model, c)
@@ -539,7 +536,7 @@ def main(argv=None, answer=answer):
             except ValueError as e:
                 if len(configs) == 1:
                     raise
-                print(f"{c.out_dir}: {e}")      # the other runs of a grid do not need this one
+                print(f"{c.out_dir}: {e}")      # the other runs of a grid can still go on
                 failed += 1
         if WORLD > 1:
             distributed.destroy_process_group()
