@@ -133,8 +133,9 @@ class Reader:
         try:
             if not Path(file).is_file() or size == 0:
                 raise ValueError(f"--read: {file} is empty or not a file")
-            with open(file, encoding="utf-8-sig") as f, tqdm(total=size, desc=Path(file).name, unit="B",
-                                                             unit_scale=True, leave=False) as bar:
+            with open(file, encoding="utf-8-sig") as f, \
+                    tqdm(total=size, desc=Path(file).name, unit="B", unit_scale=True, leave=False,
+                         disable=None) as bar:
                 rest = ""
                 while block := f.read(1 << 16):
                     text = rest + block

@@ -372,8 +372,8 @@ def train(c, model, task, device, optimizers, p):
             optimizer.step()
 
         # what all processes found; accuracy of each part of the task
-        sums = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(stop)])
-        found = [(sums, row * WORLD + RANK, correct)]
+        logged = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(stop)])
+        found = [(logged, row * WORLD + RANK, correct)]
         if WORLD > 1:
             found = found * WORLD
             distributed.all_gather_object(found, found[RANK])

@@ -216,12 +216,12 @@ def page(memory):
                  marker="osD^vP"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=label)
         lengths = sorted(by_length(sum(found.values(), [])))
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [n if n not in (64, 128) or n == lengths[-1] else "" for n in lengths],
-                        fontsize=8)
+        axis.set_xticks([max(n, 0.5) for n in lengths],
+                        [n if n not in (64, 128) or n == lengths[-1] else "" for n in lengths], fontsize=8)
         axis.minorticks_off()
         task = runs[0]["config"]["task"]
         axis.set(title=folder.name, ylim=(-2, 103),
-                 xlabel=dict(remember="pairs", rewrite="updates").get(task, "segments"))
+                 xlabel=dict(remember="pairs", rewrite="updates", qa1="words").get(task, "segments"))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
