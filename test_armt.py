@@ -1260,6 +1260,7 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     run(f"sample --out_dir {first}")
     assert capsys.readouterr().out.count("->") == 5
     assert "--facts" in fails(capsys, f"sample --out_dir {first} --facts 'Mary left.'")
+    assert "--task" in fails(capsys, f"train --like {first} --task qa1 --out_dir {tmp_path / 'a'}")
     assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
     other = "--task passkey --segment_len 32"
     assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
@@ -1285,7 +1286,14 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
                f"--background {TOP}/README.md --out_dir {tmp_path}")
     run(f"{command}/one")
     launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 train.py {command[6:]}/two"
-    subprocess.run([sys.executable, *launch.split()], cwd=TOP, timeout=300, check=True)
+    launch = [sys.executable, *launch.split()]
+    process = subprocess.Popen(launch, cwd=TOP, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "two" / "ckpt.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    *_, last = subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()
+    os.kill(int(last), signal.SIGINT)                                  # one stops: both do, at the same step
+    assert process.wait(timeout=60) != 0 and not rows_of(tmp_path / "two", "final")
+    subprocess.run(launch, cwd=TOP, timeout=300, check=True)
     one, two = (rows_of(tmp_path / name, "train", "eval") for name in ("one", "two"))
     assert [row["accuracy"] for row in one] == [row["accuracy"] for row in two]
     one, two = ([row["loss"] for row in rows if "loss" in row] for rows in (one, two))
