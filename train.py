@@ -134,8 +134,8 @@ def grid(like, runs):
     if "out_dir" in varied:
         raise ValueError("--out_dir: name one folder; the runs of a grid have folders of their own in it")
     for chosen in runs:
-        kind, settings = find(chosen.get("task", base.get("task", Config.task)))
-        if like and kind is not find(base["task"])[0]:
+        Task, settings = find(chosen.get("task", base.get("task", Config.task)))
+        if like and Task is not find(base["task"])[0]:
             raise ValueError(f"--task: the settings of {like} are for {base['task']}; leave --like out")
         c = Config(**{**settings, **base, "vocab": [], "out_dir": "", **chosen})
         options = getattr(MEMORIES.get(c.memory), "options", {})
