@@ -438,7 +438,10 @@ def evaluate(c, model, task, device, answer=answer):
     model.config.segment_len = c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # drops half a last row
     done = [row["cell"] for row in rows if row["kind"] == "eval"]
-    for cell in [cell for cell in task.cells(c) if cell not in done]:
+    todo = [cell for cell in task.cells(c) if cell not in done]
+    if not todo:
+        print(f"evaluated before: python results/table.py {Path(c.out_dir).parent}")
+    for cell in todo:
         (questions, left_out), said, began = task.questions(cell), [], time.time()
         tokens = sum(len(piece) for q in questions for piece in q.context)
         with tqdm(total=tokens, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
