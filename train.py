@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -36,7 +37,8 @@ from tqdm import tqdm
 
 from armt import GPT, MEMORIES, OPTIONAL, GPTConfig, checked, state_floats, state_map, tensors
 from data import chunks, fill, find, generator, make_task, numbers
-from data.files import add_row, one_line_errors, only_user, read_rows, read_text, write_atomically, write_rows
+from data.files import (RANK, add_row, one_line_errors, only_user, read_rows, read_text, write_atomically,
+                        write_rows)
 
 
 @dataclass
@@ -81,7 +83,7 @@ SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
 HALF_PRICE = 0.1                 # change of a tensor of the memory at which half of the price is due
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))                     # processes, set by torchrun
 
 
 # --- Flags --------------------------------------------------------------------------------------------------
@@ -252,8 +254,9 @@ def load(folder, device="cpu"):
 def save(folder, config, **checkpoint):
     """What `load` reads: config.json and ckpt.pt."""
     text = json.dumps(asdict(config), indent=1) + "\n"
-    write_atomically(Path(folder, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
+    if RANK == 0:
+        write_atomically(Path(folder, "config.json"), lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(folder, "ckpt.pt"), lambda path: torch.save(checkpoint, path))
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -330,6 +333,16 @@ def make_optimizers(model, c):
     return [adamw, *muon]
 
 
+def of_all_processes(sums, row, correct):
+    """Sums (n,), rows of questions and which were correct (q,) of this process -> of all together."""
+    found = [(sums, row * WORLD + RANK, correct)]
+    if WORLD > 1:
+        found = found * WORLD
+        distributed.all_gather_object(found, found[RANK])
+    sums, row, correct = zip(*found)
+    return sum(sums), np.concatenate(row), np.concatenate(correct)
+
+
 def train(c, model, task, device, optimizers, p):
     """
     Step until the last stage is over, with a bar, a log and checkpoints. False when Ctrl-C stopped it. `p` is
@@ -337,13 +350,13 @@ def train(c, model, task, device, optimizers, p):
     checkpoint.
     """
     names, stages, parts = c.stages.split(","), numbers("stages", c.stages), task.rows
-    batch_loss, stop, stops, saved = BatchLoss(model, device), [], 0, 0.0
+    batch_loss, pressed, stop, saved = BatchLoss(model, device), [], 0, 0.0
     if WORLD > 1:
         batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
-    handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
+    handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if pressed else pressed.append(1))
     bar = tqdm(initial=p["step"], desc=Path(c.out_dir).name, unit="step", dynamic_ncols=True,
                disable=RANK > 0 or None)
-    while not p["done"] and not stops:
+    while not p["done"] and not stop:
         stage, last, began = p["stage"], p["stage"] + 1 == len(stages), time.time()
 
         # learning rate: it rises in the first steps and falls to zero in the last stage, as the price rises
@@ -371,14 +384,9 @@ def train(c, model, task, device, optimizers, p):
         for optimizer in optimizers if finite else ():
             optimizer.step()
 
-        # what all processes found; accuracy of each part of the task
-        logged = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(stop)])
-        found = [(logged, row * WORLD + RANK, correct)]
-        if WORLD > 1:
-            found = found * WORLD
-            distributed.all_gather_object(found, found[RANK])
-        (loss, written, stops), row, correct = sum(x for x, _, _ in found), *(
-            np.concatenate(x) for x in [*zip(*found)][1:])
+        # what all processes found, and whether one shall stop; accuracy of each part of the task
+        logged = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(pressed)])
+        (loss, written, stop), row, correct = of_all_processes(logged, row, correct)
         part_of = np.array([parts[r % len(parts)] for r in row])
         shares = {part: float(correct[part_of == part].mean()) for part in dict.fromkeys(part_of.tolist())}
 
@@ -403,7 +411,7 @@ def train(c, model, task, device, optimizers, p):
                     seconds=round(p["seconds"], 2), written=round(written, 5),
                     loss=round(loss, 5) if np.isfinite(loss) else None,
                     accuracy={part: round(right, 4) for part, right in shares.items()})
-        if p["done"] or stage != p["stage"] or stops or time.time() - saved > 60:
+        if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
             save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                  progress=p)
             saved = time.time()                          # the first step is saved, too
@@ -416,7 +424,7 @@ def train(c, model, task, device, optimizers, p):
         flag = "--last_steps" if last else "--stage_steps"
         print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, no "
               f"better than a guess among {np.exp(min(loss, 20)):.1f} answers")
-    return p["done"] and not stops
+    return p["done"] and not stop
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -529,7 +537,7 @@ def main(argv=None, answer=answer):
         for c in configs:
             torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
             try:
-                with only_user(c.out_dir):
+                with only_user(c.out_dir) if RANK == 0 else nullcontext():
                     if eval_only:
                         model = load(c.out_dir, device := pick_device(c.device))[1]
                         compiled(model, c)

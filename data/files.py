@@ -12,7 +12,7 @@ try:
 except ImportError:          # Windows has none; there, nothing keeps two processes out of one folder
     fcntl = None
 
-FIRST = not int(os.environ.get("RANK", 0))           # of several processes, torchrun's first one writes
+RANK = int(os.environ.get("RANK", 0))        # set by torchrun; of several processes, 0 writes
 
 
 def read_text(file):
@@ -32,8 +32,6 @@ def read_text(file):
 
 def write_atomically(path, write):
     """`path` holds its old content or its new one, never a part; a failure leaves no temporary file."""
-    if not FIRST:
-        return
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -62,12 +60,12 @@ def read_rows(folder):
 def write_rows(folder, rows):
     """Rewrite metrics.jsonl with these rows only."""
     path, text = Path(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows)
-    if path.exists():
+    if RANK == 0 and path.exists():
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def add_row(folder, **row):
-    if FIRST:
+    if RANK == 0:
         with open(Path(folder, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -78,15 +76,14 @@ def only_user(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder, "lock"), "a+") as file:
         try:
-            if fcntl and FIRST:
+            if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
             raise ValueError(f"--out_dir: process {file.read()} is working in {folder}; wait for it, or "
                              f"choose another folder") from None
-        if FIRST:
-            file.truncate(0)
-            print(os.getpid(), end="", file=file, flush=True)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
         yield
 
 
