@@ -93,8 +93,9 @@ def pairs():
         axis.minorticks_off()
         axis.axhline(6.25, color="#bbbbbb", linewidth=1)
         axis.set(xlabel=title, ylim=(-2, 103))
-    axes[0].set_ylabel("accuracy, % (mean, and all of three seeds)")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc=(1.02, 0.1))
+    axes[0].set_ylabel("accuracy, % (mean, and all seeds)")
+    lines = {label: one for axis in axes for one, label in zip(*axis.get_legend_handles_labels())}
+    axes[1].legend(lines.values(), lines, frameon=False, fontsize=9, loc=(1.02, 0.1))
     save(figure, HERE / "figures" / "pairs.svg")
 
 
