@@ -1001,14 +1001,15 @@ def spoken(ids, end):
     return [f"{s.strip()[0].upper()}{s.strip()[1:]}{end}" for s in text.split(".") if s.strip()]
 
 
-@pytest.mark.parametrize("align, length, cut", [(0, 64, ()), (8, 8, ()), (8, 64, ()), (8, 64, (32,))])
+@pytest.mark.parametrize("align, length, grown",
+                         [(0, 64, ()), (8, 8, ()), (8, 64, ()), (8, 64, (32,)), (8, 64, (64,))])
 @pytest.mark.parametrize("task", babi.TASKS)
-def test_a_batch_asks_what_its_stories_tell(task, align, length, cut, library):
+def test_a_batch_asks_what_its_stories_tell(task, align, length, grown, library):
     made = task_of(task=task, background=library[:1], align=align, segment_len=length)
     passages = set(babilong.Background(library[:1], "train", made.words).ids.tolist())
     n_facts, lengths, kinds, read = set(), set(), [], []
     for step in range(30):
-        batch = made.batch(generator(0, "train", 0, step), 5, (8, 160, *cut))
+        batch = made.batch(generator(0, "train", 0, step), 5, (8, 160, *grown))
         assert batch.questions.shape[:2] == (5, 8)
         eights = batch.context.reshape(-1, 8)                # is there text behind a mark or a blank?
         lengths.add((batch.context.shape[2], bool(((eights[:, :-1] < 4) & (eights[:, 1:] > 3)).any())))
@@ -1023,8 +1024,8 @@ def test_a_batch_asks_what_its_stories_tell(task, align, length, cut, library):
             kinds += said
             n_facts.add(len(facts))
             read += [i in passages for i in ids if i >= OWN_WORDS]
-    expected = ({(8, False)} if align else {(64, True)}) | {(T, True) for T in cut}
-    assert lengths - {(32, False), (64, False)} == expected          # facts of qa4 alone fill 8 tokens each
+    expected = ({(8, False)} if align else {(64, True)}) | {(T, T == 64) for T in grown}
+    assert lengths - {(64, False)} == expected          # facts of qa4 alone fill 8 tokens each
     assert n_facts == ({1, 2} if task == "qa4" else set(range(1, 9)))
     assert 0.1 < kinds.count("unknown") / len(kinds) < 0.4
     assert 0.65 < np.mean(read) < 0.75              # the text of training; three words in ten are swapped
@@ -1137,6 +1138,7 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
     ("--device tpu", "device"), ("--device cpu:1", "device"), ("--dtype float8", "dtype"),
     ("--align 8", "align"), ("--memory none --price 1", "price"), ("--task qa1 --stages 2/0/8", "stages"),
     ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --stages 4/0/32", "stages"),
+    ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
     ("--like nowhere", "nowhere"), ("--task qa1 --background nowhere.txt", "nowhere"),
     ("--task qa1 --babi_dir nowhere", "babi_dir"), ("--eval_samples 0", "eval_samples"),
     ("--memory full --compile 1", "compile"), ("--memory none,rmt --ablate no_delta", "no_delta"),

@@ -245,9 +245,10 @@ class BABILong(InText):
     One or more of bAbI's first five tasks in background text; for the methods see data/__init__.py. A stage
     is (most facts, most words), a length is words. Training stories are simulated, and never published ones.
 
-    Alignment can be a curriculum. If --align is below --segment_len, a sentence begins a segment of --align
-    tokens in training; in a stage with a third number, three of four batches are cut anywhere instead, into
-    segments of that many tokens. Evaluation is cut anywhere.
+    Segments that grow can be a curriculum. If --align is below --segment_len, a sentence begins a segment of
+    --align tokens in training; in a stage with a third number, three of four batches are in segments of that
+    many tokens instead. Below --segment_len sentences begin at multiples of --align there, so a segment holds
+    several whole ones; at --segment_len the text is cut anywhere, as it is in evaluation.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -287,11 +288,12 @@ class BABILong(InText):
         """ValueError, naming flag or file, for settings and files that cannot serve."""
         if config.align > config.segment_len:
             raise ValueError(f"--align: {config.align} is more than the --segment_len, {config.segment_len}")
+        low, high = config.align, config.segment_len
+        grown = (*range(low, high, low), high) if 0 < low < high else ()
         for stage in numbers("stages", config.stages, least=1):
-            low, high = config.align, config.segment_len
-            if training and len(stage) == 3 and not (0 < low < high and low <= stage[2] <= high):
-                raise ValueError(f"--stages: segments of {stage[2]} tokens need an --align above 0 and below "
-                                 f"--segment_len, and lie between the two")
+            if training and len(stage) == 3 and stage[2] not in grown:
+                raise ValueError(f"--stages: segments of {stage[2]} tokens: neither --segment_len ({high}) "
+                                 f"nor a multiple of an --align that is above 0 and below it")
         if training and config.batch_size < len(self.rows):
             raise ValueError(f"--batch_size: {config.task} needs at least {len(self.rows)} rows")
         super().check(config, training)
@@ -322,13 +324,14 @@ class BABILong(InText):
 
     def batch(self, rng, size, stage):
         """`size` stories in texts of about one length, with up to eight questions about each."""
-        most_facts, most_words, cut = (*stage, 0, 0)[:3]
+        most_facts, most_words, longer = (*stage, 0, 0)[:3]
         dice = random.Random(int(rng.integers(2 ** 62)))   # random.Random is ten times faster here than numpy
         n_facts = int(rng.integers(1, most_facts + 1))
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
         align, T = self.align, self.segment_len
         if 0 < self.sentence < T:
-            T, align = (cut, 0) if cut and rng.random() < 0.75 else (self.sentence, self.sentence)
+            T = (longer if rng.random() < 0.75 else 0) or self.sentence
+            align = self.sentence * (T < self.segment_len)
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
