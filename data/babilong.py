@@ -330,7 +330,7 @@ class BABILong(InText):
         length = int(most_words * rng.random() ** 2)            # short ones more often than long
         align, T = self.align, self.segment_len
         if 0 < self.sentence < T:
-            T = (longer if rng.random() < 0.75 else 0) or self.sentence
+            T = longer if rng.random() < 0.75 and longer else self.sentence
             align = self.sentence * (T < self.segment_len)
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
