@@ -57,7 +57,7 @@ class Config(GPTConfig):
     learned: float = 0.98           # running accuracy, of the task's worst part, at which a stage is learned
     last_steps: int = 200           # steps of the last stage, in which the learning rate falls to zero
     price: float = 0.0              # weight, at the end of the last stage, of a penalty on memory changes
-    pass_state: float = 0.0         # recall, passkey: share of last-stage batches that go on with the memory
+    pass_state: float = 0.0         # share of last-stage batches that go on with the memory of the one before
     batch_size: int = 32            # rows in a batch, in training and in evaluation
     lr: float = 1e-3                # peak learning rate of AdamW
     muon_lr: float = 5e-3           # peak learning rate of Muon, for the matrices; 0 leaves them to AdamW
@@ -371,6 +371,8 @@ def train(c, model, task, device, optimizers, p):
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
         before = p["state"] if passed else None
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
+        if passed:                       # what its texts do not say, those before them may have said
+            batch.answers[batch.answers == task.unknown] = -1
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):

@@ -260,6 +260,7 @@ class BABILong(InText):
         self.segment_len, self.sentence = config.segment_len, config.align
         self.align = config.align if config.align == config.segment_len else 0
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
+        self.unknown = self.words.id(babi.UNKNOWN)
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align,
                           segment_len=self.segment_len)
         self.encode = cache(self.words.encode)           # there are only so many different sentences
