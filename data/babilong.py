@@ -247,8 +247,8 @@ class BABILong(InText):
 
     Segments that grow can be a curriculum. If --align is below --segment_len, a sentence begins a segment of
     --align tokens in training; in a stage with a third number, three of four batches are in segments of that
-    many tokens instead. Below --segment_len sentences begin at multiples of --align there, so a segment holds
-    several whole ones; at --segment_len the text is cut anywhere, as it is in evaluation.
+    many tokens instead. Stories alone have sentences that begin at multiples of --align there, so a segment
+    holds several whole ones; stories in text are cut anywhere, as they are in evaluation.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -332,7 +332,7 @@ class BABILong(InText):
         align, T = self.align, self.segment_len
         if 0 < self.sentence < T:
             T = longer if rng.random() < 0.75 and longer else self.sentence
-            align = self.sentence * (T < self.segment_len)
+            align = self.sentence if T == self.sentence or not most_words else 0
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
