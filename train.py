@@ -371,8 +371,8 @@ def train(c, model, task, device, optimizers, p):
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
         before = p["state"] if passed else None
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
-        if passed:                       # what its texts do not say, those before them may have said
-            batch.answers[batch.answers == task.unknown] = -1
+        if before is not None:           # what its texts do not say, those before them may have said
+            batch.answers[batch.answers == task.unknown_id] = -1
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):

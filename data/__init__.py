@@ -20,7 +20,7 @@ A task has these attributes and methods, which train.py and sample.py use:
     questions(cell)              a list of Question, and how many were left out because they do not fit
     show(ids)                    ids as text
     kind, unit                   names: of the tasks that share flags, and of what a length counts
-    unknown                      the id that answers what a text does not say, or -1
+    unknown_id                   the id that answers what a text does not say, or -1
     ask(text), words             of tasks that can be told and asked: ids of a question, Words
 """
 import re

@@ -247,8 +247,8 @@ class BABILong(InText):
 
     Segments that grow can be a curriculum. If --align is below --segment_len, a sentence begins a segment of
     --align tokens in training; in a stage with a third number, three of four batches are in segments of that
-    many tokens instead. Stories alone have sentences that begin at multiples of --align there, so a segment
-    holds several whole ones; stories in text are cut anywhere, as they are in evaluation.
+    many tokens instead. If the stage has no text, sentences begin at multiples of --align there, so a segment
+    holds several whole ones; if it has text, all is cut anywhere, as it is in evaluation.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -260,7 +260,7 @@ class BABILong(InText):
         self.segment_len, self.sentence = config.segment_len, config.align
         self.align = config.align if config.align == config.segment_len else 0
         self.babi_dir, self.decoys = config.babi_dir, config.decoys
-        self.unknown = self.words.id(babi.UNKNOWN)
+        self.unknown_id = self.words.id(babi.UNKNOWN)
         self.where.update(questions="published" if self.babi_dir else "simulated", align=self.align,
                           segment_len=self.segment_len)
         self.encode = cache(self.words.encode)           # there are only so many different sentences

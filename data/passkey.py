@@ -31,7 +31,7 @@ def filler(rng, n_tokens, text):
 
 class PassKey(InText):
     """The task (see data/__init__.py). A stage is (most segments,), a length is segments, key included."""
-    kind, unit, rows, unknown = "passkey", "segments", [""], -1
+    kind, unit, rows, unknown_id = "passkey", "segments", [""], -1
 
     def __init__(self, config):
         super().__init__(config, WORDS)

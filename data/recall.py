@@ -31,7 +31,7 @@ def spell(keys, key_size):
 
 class Recall:
     """The task; for the methods see data/__init__.py. A stage is (most pairs,), a length is pairs."""
-    vocab_size, vocab, kind, rows, unknown = END + 1, [], "recall", [""], -1
+    vocab_size, vocab, kind, rows, unknown_id = END + 1, [], "recall", [""], -1
 
     def __init__(self, config):
         self.segment_len, self.n_questions = config.segment_len, config.questions
