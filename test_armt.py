@@ -1178,8 +1178,7 @@ def test_the_price_is_zero_where_nothing_changes_and_else_the_documented_sum():
 
 @pytest.mark.parametrize("extra", [
     "--muon_lr 0", "--memory fam --window 1 --pass_state 0.5",
-    f"--task qa2+qa4 --stages 2/0,4/40 --price 0.1 --pass_state 0.5 "
-    f"--background {TOP}/README.md"])
+    f"--task qa2+qa4 --stages 2/0,4/40 --price 0.1 --pass_state 0.5 --background {TOP}/README.md"])
 def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
     whole, parts, clip = tmp_path / "whole", tmp_path / "parts", torch.nn.utils.clip_grad_norm_
     command = f"{FAST} --stages 2,3 --learned 0 --eval_lengths 3 {extra} --out_dir"
