@@ -1206,7 +1206,7 @@ def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_was_killed_continues_even_where_its_last_row_is_half_written(tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = f"{FAST} --stages 2,2,2 --learned 0 --last_steps 40 --eval_lengths 2 --out_dir"
+    command = f"{FAST} --stages 2,2,2 --learned 0 --last_steps 40 --eval_lengths 2 --threads 1 --out_dir"
     run(f"{command} {whole}")
     process = subprocess.Popen([sys.executable, "train.py", *command.split()[1:], killed], cwd=TOP,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
