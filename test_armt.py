@@ -7,6 +7,7 @@ a plain GPT can be written down once more, slowly and without looking at armt.py
 float64.
 
     pytest                      everything
+    pytest -n 2                 the same, in two processes
     pytest -k future            the tests with this word in their name
     pytest -m "not slow"        without the one that trains a model for long
 """
@@ -28,6 +29,7 @@ import threading
 import time
 import tracemalloc
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -550,11 +552,13 @@ def task_of(**settings):
 
 
 def fingerprint():
-    """A number for a batch of each task."""
+    """A number for a batch of each task, and for built-in text."""
     stages = {"remember": (5,), "rewrite": (30,), "qa1+qa2+qa4+qa5": (6, 200), "passkey-decoys": (4,)}
-    batches = [task_of(task=task, align=8, segment_len=8).batch(generator(3, "train", 1, 5), 8, stage)
+    settings = dict(align=8, segment_len=8, background=[TOP / "README.md"])
+    batches = [task_of(task=task, **settings).batch(generator(3, "train", 1, 5), 8, stage)
                for task, stage in stages.items()]
-    return hashlib.sha256(b"".join(part.tobytes() for batch in batches for part in batch)).hexdigest()
+    parts = [part.tobytes() for batch in batches for part in batch] + [babilong.prose(50, seed="train").encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def test_batches_are_equal_in_every_process():
@@ -748,24 +752,24 @@ MEASURED = {     # in the published files, train and test; the means of qa3 in 3
             "95 of 100 questions within": 46, "99 of 100 questions within": 64}}
 
 
-@pytest.fixture(scope="module")
-def simulated():
+@cache
+def simulated(task):
     """
-    2,000 stories of each task. Of qa3 they are not always within 3% of the published 51.0 facts (in 20,000 it
-    is 52.5): of the seeds 0 to 7 they are with 1, 3, 5, 6 and 7.
+    2,000 stories. Of qa3 they are not always within 3% of the published 51.0 facts (in 20,000 it is 52.5): of
+    the seeds 0 to 7 they are with 1, 3, 5, 6 and 7.
     """
-    return {task: babi.simulate(random.Random(6), task, 2000) for task in babi.TASKS}
+    return babi.simulate(random.Random(6), task, 2000)
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
-def test_a_simulated_world_has_the_statistics_of_the_published_files(task, simulated):
+def test_a_simulated_world_has_the_statistics_of_the_published_files(task):
     """Percentages within 2 points, means within 3%: Weston et al. 2015, files en-10k of version 1.2."""
-    found = describe(simulated[task])
+    found = describe(simulated(task))
     for name, measured in MEASURED[task].items():
         tolerance = 2 if name[-1] == "%" or name[0] == "9" else 0.03 * measured          # facts come in twos
         assert found.get(name, 0) == pytest.approx(measured, abs=tolerance * (measured != 100)), name
-    asked = babi.spread(simulated[task])
-    assert len(asked) == len(simulated[task]) * (1 if task == "qa4" else 5)
+    asked = babi.spread(simulated(task))
+    assert len(asked) == len(simulated(task)) * (1 if task == "qa4" else 5)
     assert babi.is_published(["John travelled to the hallway.", "Mary journeyed to the bathroom."])
     known = np.mean([babi.is_published(sample.facts) for sample in asked])
     assert known < dict(qa1=0.05, qa4=0.5).get(task, 0.01)               # qa4 has but 1,920 stories
@@ -808,8 +812,8 @@ def solve(facts, question):
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
-def test_an_independent_solver_finds_the_same_answers(task, simulated):
-    asked, ambiguous = babi.spread(simulated[task][:400]), 0
+def test_an_independent_solver_finds_the_same_answers(task):
+    asked, ambiguous = babi.spread(simulated(task)[:400]), 0
     for sample in asked:
         right = solve(sample.facts, sample.question)
         assert sample.answer in right
@@ -865,11 +869,11 @@ def test_everything_that_a_short_text_answers_is_asked_and_nothing_else_is_known
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
-def test_the_question_rule_explains_every_story(task, simulated):
+def test_the_question_rule_explains_every_story(task):
     """Each question can be asked, and where one can, it is: in the published files, too, if they are here."""
     folder = Path(os.environ.get("BABI_DIR") or TOP / "data" / "babi")
     published = [babi.read_stories(file) for file in folder.rglob(f"{task}_*_t*.txt")]
-    for stories in [simulated[task][:200], *published]:
+    for stories in [simulated(task)[:200], *published]:
         passed, asked = 0, 0
         for story in stories:
             events, numbers, fresh = [], [], 0
@@ -1311,7 +1315,7 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
 
 def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="eager", **how))
     for flag in "01":
         run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
             f"--out_dir {tmp_path / flag}")
@@ -1549,9 +1553,8 @@ def test_a_length_that_was_asked_twice_counts_once_with_its_larger_sample(tmp_pa
 
 
 @pytest.mark.slow
-def test_armt_learns_four_pairs_from_scratch_and_none_does_not(tmp_path):
-    command = "train --device cpu --stages 2,4 --last_steps 100 --eval_lengths 4 --eval_samples 1000"
-    run(f"{command} --out_dir {tmp_path / 'armt'}")
-    assert rows_of(tmp_path / "armt", "eval")[0]["accuracy"] > 0.97
-    run(f"{command} --memory none --stage_steps 60 --out_dir {tmp_path / 'none'}")
-    assert rows_of(tmp_path / "none", "eval")[0]["accuracy"] < 0.15          # chance is 1/16
+@pytest.mark.parametrize("memory, low, high", [("armt", 0.97, 1), ("none --stage_steps 50", 0, 0.15)])
+def test_armt_learns_four_pairs_from_scratch_and_none_does_not(memory, low, high, tmp_path):
+    run(f"train --memory {memory} --stages 2,4 --last_steps 50 --eval_lengths 4 --eval_samples 500 "
+        f"--device cpu --out_dir {tmp_path}")
+    assert low <= rows_of(tmp_path, "eval")[0]["accuracy"] <= high                      # chance is 1/16
