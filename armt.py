@@ -182,6 +182,12 @@ class Layered(nn.Module):
             new.append(s)
         return self.ln_f(x), tuple(new)
 
+    def ask(self, x, state):
+        """The same for a question, which is not to be written: blocks that have an `ask` save time"""
+        for block, s in zip(self.blocks, state):
+            x, _ = getattr(block, "ask", block)(x, s)
+        return self.ln_f(x), state
+
 
 # ------------------------------------------------------------------------------------------------------------
 # none: the lower control. Nothing crosses a segment boundary; beyond one segment it can only guess.
@@ -278,19 +284,28 @@ class RMT(Layered):
     def init_state(self, batch_size):
         return self.mem.expand(batch_size, -1, -1)                                # (B, M, C)
 
-    def forward(self, x, mem):
-        """One segment between two copies of the memory: x (B, T, C), mem (B, M, C) -> h (B, T, C), new mem"""
-        M, ablate = mem.size(1), self.blocks[0].ablate
-        x = torch.cat((mem, x, mem), dim=1)                                       # (B, M + T + M, C)
+    def transform(self, mem, x, *write):
+        """[mem; x; write] through all layers, with or without the second copy: (B, M + T + M or 0, C)"""
+        M = mem.size(1)
+        x = torch.cat((mem, x, *write), dim=1)
         mask = None
-        if "one_way" not in ablate:
+        if "one_way" not in self.blocks[0].ablate:
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
-            mask[:M, :M] = mask[-M:, -M:] = True
+            mask[:M, :M] = True
+            if write:
+                mask[-M:, -M:] = True
         for block in self.blocks:
             x, _ = block(x, mask=mask)
-        h = self.ln_f(x)
+        return self.ln_f(x)
+
+    def forward(self, x, mem):
+        """One segment between two copies of the memory: x (B, T, C), mem (B, M, C) -> h (B, T, C), new mem"""
+        M, h = mem.size(1), self.transform(mem, x, mem)
         new = h[:, -M:].clone()                                                   # (B, M, C)
-        return h[:, M:-M], new.detach() if "stop_gradient" in ablate else new
+        return h[:, M:-M], new.detach() if "stop_gradient" in self.blocks[0].ablate else new
+
+    def ask(self, x, mem):
+        return self.transform(mem, x)[:, mem.size(1):], mem                       # (B, T, C) (B, M, C)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,18 +391,22 @@ class ARMTBlock(Block):
             gamma = torch.ones_like(gamma)
         return A, z + ((beta * gamma if "gated_z" in self.ablate else gamma) * k).sum(1)
 
-    def forward(self, x, state):
-        """Tokens and memory tokens x (B, T + M, C), state (A, z) or (A,) -> x, state"""
+    def ask(self, x, state):
+        """Tokens, with or without memory tokens, x (B, R, C), state (A, z) or (A,) -> x, the same state"""
         with torch.autocast(x.device.type, enabled=False):       # A and z add up many terms: float32
             y, _ = self.lookup(self.phi(self.W_Q(x)), *state)    # memory tokens read, too
             x = x + y.to(x.dtype)                                # no LayerNorm, as published
-        x, _ = super().forward(x)                                                 # (B, T + M, C)
+        return super().forward(x)[0], state
+
+    def forward(self, x, state):
+        """Tokens and memory tokens x (B, T + M, C), state (A, z) or (A,) -> x, state"""
+        x, _ = self.ask(x, state)                                                 # (B, T + M, C)
         with torch.autocast(x.device.type, enabled=False):
             return x, self.write(x[:, -self.n_mem:], *state)
 
 
 class ARMT(Layered):
-    """Blocks that remember, and the memory tokens (M, C) that every segment ends with."""
+    """Blocks that remember, and the memory tokens (M, C) that every segment ends with, but not a question."""
     block, ablations = ARMTBlock, ("no_gamma", "no_delta", "gated_z")
     options = dict(n_mem=4, d_mem=16, nu=3, rule="published", gate="sigmoid", mem_layers=0)
 
@@ -566,7 +585,8 @@ class LM2(Layered):
 
 # Add yours: MEMORIES["mine"] = Mine. A Mine(config) is a module with init_state(batch_size) -> nested tuples
 # of tensors, and forward(x, state) -> (h, state), which takes one segment through all layers and the final
-# LayerNorm. The class has options and ablations, as Layered does.
+# LayerNorm. The class has options and ablations, as Layered does. It may have `ask`, a faster forward for
+# questions, whose state nobody needs.
 MEMORIES = dict(none=NoMemory, full=FullAttention, bswa=BSWA, rmt=RMT, armt=ARMT, fam=FAM, lm2=LM2)
 CHOICES = dict(rule=("published", "delta"), gate=("sigmoid", "hardsigmoid"))
 SIZES = [f.name for f in fields(GPTConfig) if f.type in (int, int | None)]
@@ -661,7 +681,7 @@ class GPT(nn.Module):
         """The empty memory for a batch of B: nested tuples of tensors, with gradient where it is learned."""
         return self.memory.init_state(batch_size)
 
-    def forward(self, idx, targets=None, state=None):
+    def forward(self, idx, targets=None, state=None, write=True):
         """
         Read idx (B, N), N >= 1, cut from the left into segments of T tokens, starting from `state` (None: the
         empty one). Returns logits, loss, state.
@@ -670,17 +690,21 @@ class GPT(nn.Module):
           targets (B, N)   the target of each position, -1 to ignore it: logits (B, n, V) of the n columns
                            with a target in some row; loss is the mean over all targets, 0 if none
 
-        A short last segment reads and writes like any other; the next call begins a new one.
+        A short last segment reads and writes like any other; the next call begins a new one. With write=False
+        the last segment is a question: it is not written, which saves time, and no state is returned.
         """
         if idx.numel() == 0 or targets is not None and targets.shape != idx.shape:
             raise ValueError(f"idx {tuple(idx.shape)} needs at least one token, and targets of its own shape")
         state = self.init_state(len(idx)) if state is None else state
         if not torch.is_grad_enabled():
             state = state_map(torch.clone, state)     # armt writes into it, where no gradient needs it
-        hidden = []
-        for segment in idx.split(self.config.segment_len, dim=1):      # time: one segment after another
-            h, state = self.memory(self.wte(segment), state)                      # (B, T, C)
+        segments, hidden = idx.split(self.config.segment_len, dim=1), []
+        for segment in segments:                                  # time: one segment after another
+            question = not write and segment is segments[-1]
+            step = getattr(self.memory, "ask", self.memory) if question else self.memory
+            h, state = step(self.wte(segment), state)                             # (B, T, C)
             hidden += [h] if targets is not None else []
+        state = state if write else None
         if targets is None:
             return self.lm_head(h[:, -1:]), None, state
         columns = (targets != -1).any(0).nonzero()[:, 0]                          # (n,)

@@ -159,7 +159,8 @@ class Reader:
         if self.tail:                            # its segment is filled with blanks, for this question only
             tail = self.tail + [0] * (self.T - len(self.tail))
             _, _, state = self.model(torch.tensor([tail], device=self.device), state=state)
-        return self.model(torch.tensor([ids], device=self.device), state=state)[0][0, -1].softmax(-1)
+        return self.model(torch.tensor([ids], device=self.device), state=state,
+                          write=False)[0][0, -1].softmax(-1)
 
     def seal(self, memory):
         """A hash of a memory and of the weights of its model."""

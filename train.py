@@ -276,7 +276,7 @@ def ask(model, questions, answers, state):
     idx = torch.cat((questions, answers[:, :-1]), dim=1)                                      # (q, n + A - 1)
     targets = torch.full_like(idx, -1)
     targets[:, questions.size(1) - 1:] = answers
-    return model(idx, targets, state)[:2]
+    return model(idx, targets, state, write=False)[:2]
 
 
 class BatchLoss(torch.nn.Module):
