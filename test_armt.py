@@ -9,7 +9,7 @@ float64.
     pytest                      everything
     pytest -n 2                 the same, in two processes
     pytest -k future            the tests with this word in their name
-    pytest -m "not slow"        without the one that trains a model for long
+    pytest -m "not slow"        without the two that take more than ten seconds
 """
 import hashlib
 import http.server
@@ -1294,6 +1294,7 @@ def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(
     assert "--lr" in fails(capsys, f"{command} --lr 1")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
     command = (f"{FAST} --task qa1+qa4 --stages 2/0,4/20 --learned 0 --price 0.01 --eval_lengths 0 "
                f"--background {TOP}/README.md --out_dir {tmp_path}")
