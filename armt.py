@@ -285,7 +285,7 @@ class RMT(Layered):
         return self.mem.expand(batch_size, -1, -1)                                # (B, M, C)
 
     def transform(self, mem, x, *write):
-        """[mem; x; write] through all layers, with or without the second copy: (B, M + T + M or 0, C)"""
+        """[mem; x; write], or [mem; x] for a question, through all layers: the same shape after ln_f"""
         M = mem.size(1)
         x = torch.cat((mem, x, *write), dim=1)
         mask = None
@@ -305,7 +305,8 @@ class RMT(Layered):
         return h[:, M:-M], new.detach() if "stop_gradient" in self.blocks[0].ablate else new
 
     def ask(self, x, mem):
-        return self.transform(mem, x)[:, mem.size(1):], mem                       # (B, T, C) (B, M, C)
+        """A question x (B, T, C) behind one copy, mem (B, M, C) -> h (B, T, C), the same mem"""
+        return self.transform(mem, x)[:, mem.size(1):], mem
 
 
 # ------------------------------------------------------------------------------------------------------------
