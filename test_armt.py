@@ -123,11 +123,11 @@ def test_the_state_is_the_whole_past_and_a_question_leaves_it_as_it_was(memory, 
             for question in (some_text(3, seed=2), some_text(6, seed=3)):
                 text = torch.cat((book, question), dim=1)
                 whole, _, end = model(text, text)
-                answer, _, after = model(question, question, state)
-                assert_close(answer, whole[:, 8:])
+                *answer, after = model(question, question, state)
+                assert_close(answer[0], whole[:, 8:])
                 assert_close(after, end)
-                asked, loss, nothing = model(question, question, state, write=False)
-                assert_close((asked, loss), model(question, question, state)[:2])
+                *asked, nothing = model(question, question, state, write=False)
+                assert_close(asked, answer)
                 assert nothing is None
                 model.generate(question, 5, state)
                 assert_close(state, torch.load(tmp_path / "state.pt", weights_only=True), 0)
@@ -1319,7 +1319,7 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
 
 def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="eager", **how))
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
     for flag in "01":
         run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
             f"--out_dir {tmp_path / flag}")
@@ -1557,8 +1557,8 @@ def test_a_length_that_was_asked_twice_counts_once_with_its_larger_sample(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory, low, high", [("armt", 0.97, 1), ("none --stage_steps 50", 0, 0.15)])
+@pytest.mark.parametrize("memory, low, high", [("armt", 0.97, 1.01), ("none --stage_steps 60", 0, 0.15)])
 def test_armt_learns_four_pairs_from_scratch_and_none_does_not(memory, low, high, tmp_path):
-    run(f"train --memory {memory} --stages 2,4 --last_steps 50 --eval_lengths 4 --eval_samples 500 "
+    run(f"train --memory {memory} --stages 2,4 --last_steps 50 --eval_lengths 4 --eval_samples 1000 "
         f"--device cpu --out_dir {tmp_path}")
-    assert low <= rows_of(tmp_path, "eval")[0]["accuracy"] <= high                      # chance is 1/16
+    assert low < rows_of(tmp_path, "eval")[0]["accuracy"] < high                        # chance is 1/16
