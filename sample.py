@@ -76,7 +76,7 @@ def read_fast(model, segments, state, quiet):
             i, ahead = [*new.values()][first] + 1, 1
             if len(new) > 1:                                     # beside others its last bits may differ
                 _, _, after = model(segments[i - 1:i], state=state)
-            wrote[i - 1] = float(sum(changes(state, after))) or 1.0       # 1: a cache that has grown
+            wrote[i - 1] = float(sum(changes(state, after))) or 1.0       # 1: only a cache changed
             state = after
             here = fingerprint(state).encode()
     return state, wrote
@@ -291,14 +291,8 @@ def main(argv=None):
         if args.json and not (args.ask or args.save_state):
             raise ValueError("--json: a conversation has none; see --ask")
         reader = Reader(config, model, task, device)
-        if args.save_state:                                                # tried before a book is read
-            try:
-                if Path(args.save_state).is_dir():
-                    raise IsADirectoryError("it is a folder")
-                reader.save(f"{args.save_state}.try")
-                Path(f"{args.save_state}.try").unlink()
-            except OSError as e:
-                raise ValueError(f"--save_state: cannot write {args.save_state}: {e.strerror or e}") from None
+        if (file := args.save_state) and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+            raise ValueError(f"--save_state: {file} is a folder, or in one that cannot be written to")
         if args.load_state:
             reader.load(args.load_state)
         facts = args.facts.strip()

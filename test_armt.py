@@ -1165,7 +1165,7 @@ def test_the_price_is_zero_where_nothing_changes_and_else_the_documented_sum():
     batch = made.batch(generator(0, "train"), 4, (3, 20))
     sizes = dict(vocab_size=made.vocab_size, segment_len=8)
     shut(still := tiny("armt", "delta", gate="hardsigmoid", **sizes))
-    for model in (still, tiny("none", **sizes), tiny("full", **sizes)):       # a cache grows: no price
+    for model in (still, *(tiny(name, **sizes) for name in ("none", "full", "bswa"))):     # caches are free
         assert train.BatchLoss(model, "cpu")(batch, 1.0)[1] == 0
     model = tiny("armt", **sizes)
     loss, written, row, correct, _ = train.BatchLoss(model, "cpu")(batch, 0.5)

@@ -190,7 +190,7 @@ def check(c, chosen, training=True):
         raise ValueError(f"--dtype: there is no '{c.dtype}'; choose float32 or bfloat16")
     if c.compile and (c.memory in ("full", "bswa") or c.window):
         raise ValueError(f"--compile: memory '{c.memory}' keeps a cache, and code is compiled for one size")
-    if c.price and c.memory in ("none", "full") and "price" in chosen:
+    if c.price and c.memory in ("none", "full", "bswa") and "price" in chosen:
         raise ValueError(f"--price: a memory '{c.memory}' has nothing to be charged for")
     if not training and c.align not in (0, c.segment_len) and "align" in chosen:
         raise ValueError(f"--align: in an evaluation it is 0 or --segment_len, {c.segment_len}")
@@ -262,10 +262,9 @@ def save(folder, config, **checkpoint):
 # --- Training -----------------------------------------------------------------------------------------------
 
 def changes(old, new):
-    """How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor but a cache that has grown."""
+    """How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor but caches, (B, H, P, d)."""
     size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
-    return [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new))
-            if a.shape == b.shape]
+    return [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new)) if a.ndim < 4]
 
 
 def ask(model, questions, answers, state):
@@ -371,8 +370,9 @@ def train(c, model, task, device, optimizers, p):
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
         before = p["state"] if passed else None
         batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
-        if before is not None:           # what its texts do not say, those before them may have said
-            batch.answers[batch.answers == task.unknown_id] = -1
+        known = (batch.answers >= 0) & (batch.answers != task.unknown_id)
+        if before is not None and known.any():    # what its texts do not say, those before them may have said
+            batch.answers[~known] = -1
         mine = type(batch)(*(x[RANK::WORLD] for x in batch))
         share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
