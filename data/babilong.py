@@ -21,7 +21,6 @@ from .files import read_text
 MARKS = [".", "?", "!"]
 SHORTEST = 10                       # tokens of a sentence of the background, its mark included
 BUCKETS = 1024                      # ids shared by all words that are not the task's
-BRIEF = 256                     # most words of a text in segments of a sentence, where others are longer
 SWAPPED = 0.3                   # share of those words that are swapped in training: no text is known by heart
 PROSE = "prose"                     # the name of the built-in background
 
@@ -249,8 +248,7 @@ class BABILong(InText):
     Segments that grow can be a curriculum. If --align is below --segment_len, a sentence begins a segment of
     --align tokens in training; in a stage with a third number, three of four batches are in segments of that
     many tokens instead. If the stage has no text, sentences begin at multiples of --align there, so a segment
-    holds several whole ones; if it has text, all is cut anywhere, as it is in evaluation. The fourth batch
-    has at most BRIEF words, since a long text in short segments would take most of the time.
+    holds several whole ones; if it has text, all is cut anywhere, as it is in evaluation.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -335,7 +333,6 @@ class BABILong(InText):
         if 0 < self.sentence < T:
             T = longer if rng.random() < 0.75 and longer else self.sentence
             align = self.sentence if T == self.sentence or not most_words else 0
-            length = min(length, BRIEF) if T < longer else length
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
