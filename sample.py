@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)                           # as in train.py
@@ -291,8 +292,15 @@ def main(argv=None):
         if args.json and not (args.ask or args.save_state):
             raise ValueError("--json: a conversation has none; see --ask")
         reader = Reader(config, model, task, device)
-        if (file := args.save_state) and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
-            raise ValueError(f"--save_state: {file} is a folder, or in one that cannot be written to")
+        if args.save_state:                                                # tried before a book is read
+            path = Path(args.save_state)
+            try:
+                if path.is_dir():
+                    raise IsADirectoryError("it is a folder")
+                with NamedTemporaryFile(prefix=path.name, dir=path.parent) as trial:
+                    reader.save(trial.name)
+            except OSError as e:
+                raise ValueError(f"--save_state: cannot write {path}: {e.strerror or e}") from None
         if args.load_state:
             reader.load(args.load_state)
         facts = args.facts.strip()

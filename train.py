@@ -262,9 +262,13 @@ def save(folder, config, **checkpoint):
 # --- Training -----------------------------------------------------------------------------------------------
 
 def changes(old, new):
-    """How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor but caches, (B, H, P, d)."""
+    """
+    How far a memory moved: |new - old| / (1 + |old|), (B,), of each tensor but caches: those of four axes,
+    (B, H, P, d), which move with each segment, and any that has grown.
+    """
     size = lambda x: torch.linalg.vector_norm(x.flatten(1), dim=1)                               # (B,)
-    return [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new)) if a.ndim < 4]
+    return [size(b - a) / (1 + size(a).detach()) for a, b in zip(tensors(old), tensors(new))
+            if a.shape == b.shape and a.ndim < 4]
 
 
 def ask(model, questions, answers, state):
