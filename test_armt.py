@@ -1010,13 +1010,13 @@ def spoken(ids, end):
 
 @pytest.mark.parametrize("align, length, stage", [
     (0, 64, (8, 160)), (8, 8, (8, 160)), (8, 64, (8, 160)), (8, 64, (8, 0, 32)), (8, 64, (8, 160, 32)),
-    (8, 64, (8, 160, 64))])
+    (8, 64, (8, 600, 64))])
 @pytest.mark.parametrize("task", babi.TASKS)
 def test_a_batch_asks_what_its_stories_tell(task, align, length, stage, library):
     made = task_of(task=task, background=library[:1], align=align, segment_len=length)
     assert made.words.name(made.unknown_id) == "unknown"
     passages = set(babilong.Background(library[:1], "train", made.words).ids.tolist())
-    n_facts, lengths, kinds, read = set(), set(), [], []
+    n_facts, lengths, kinds, read, words = set(), set(), [], [], {}
     for step in range(30):
         batch = made.batch(generator(0, "train", 0, step), 5, stage)
         assert batch.questions.shape[:2] == (5, 8)
@@ -1032,10 +1032,12 @@ def test_a_batch_asks_what_its_stories_tell(task, align, length, stage, library)
             assert said == [asked[spoken(question, "?")[0]] for question in questions[answers[:, 0] >= 0]]
             kinds += said
             n_facts.add(len(facts))
+            words.setdefault(batch.context.shape[2], []).append(WORDS.count(ids))
             read += [i in passages for i in ids if i >= OWN_WORDS]
     expected = ({(8, False)} if align else {(64, True)}) | {(T, stage[1] > 0) for T in stage[2:]}
     even = {(T, False) for T in stage[2:] or (length,)}                # facts of qa4 alone have 8 tokens each
     assert expected <= lengths <= expected | even
+    assert [T for T, n in words.items() if max(n) > babilong.BRIEF] == [64] * (stage[1] == 600)
     assert n_facts == ({1, 2} if task == "qa4" else set(range(1, 9)))
     assert 0.1 < kinds.count("unknown") / len(kinds) < 0.4
     assert 0.65 < np.mean(read) < 0.75 if stage[1] else not read     # text of training, 3 words in 10 swapped
