@@ -21,7 +21,7 @@ from .files import read_text
 MARKS = [".", "?", "!"]
 SHORTEST = 10                       # tokens of a sentence of the background, its mark included
 BUCKETS = 1024                      # ids shared by all words that are not the task's
-BRIEF = 256                         # most words in segments of a sentence, where other segments have more
+BRIEF = 256                         # where segments grow, those of a sentence get no text beyond these words
 SWAPPED = 0.3                   # share of those words that are swapped in training: no text is known by heart
 PROSE = "prose"                     # the name of the built-in background
 
@@ -250,7 +250,7 @@ class BABILong(InText):
     --align tokens in training; in a stage with a third number, three of four batches are in segments of that
     many tokens instead. If the stage has no text, sentences begin at multiples of --align there, so a segment
     holds several whole ones; if it has text, all is cut anywhere, as it is in evaluation. The fourth batch
-    has at most BRIEF words, since a long text in short segments would take most of the time.
+    gets no text beyond BRIEF words: long texts in short segments take much of the time.
     """
     kind, unit = "qa", "words"
     n_questions = 8                     # most questions to one story: reading costs more than asking
@@ -335,7 +335,8 @@ class BABILong(InText):
         if 0 < self.sentence < T:
             T = longer if rng.random() < 0.75 and longer else self.sentence
             align = self.sentence if T == self.sentence or not most_words else 0
-            length = min(length, BRIEF) if T < longer else length
+            if T < longer:
+                length = min(length, BRIEF)
         rows, questions, answers = [], [], np.full((size, self.n_questions, 1), -1)
         for i in range(size):
             part = self.rows[i % len(self.rows)]
