@@ -210,11 +210,16 @@ def page(memory):
     figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.5 * rows), squeeze=False)
     for axis, folder in zip(axes.flat, folders):
         found = groups(folder)
+        several = len({runs[0]["config"]["memory"] for runs in found.values()}) > 1
         for i, (name, runs) in enumerate(found.items()):
-            kind, _, words = name.partition(f"-{memory}")
+            c, (kind, _, words) = runs[0]["config"], name.partition(f"-{memory}")
             label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
-            line(axis, by_length(runs), color=matplotlib.colormaps["viridis"](i / len(found)),
-                 marker="osD^vP"[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=label)
+            style = dict(color=matplotlib.colormaps["viridis"](i / len(found)), marker="osD^vP"[i % 6],
+                         linestyle=("-", "--", "-.", ":")[i % 4], label=label)
+            if several:                                  # memories side by side: the colour of each
+                style = {**look(c["memory"]), "label": name[len(c["task"]) + 1:].replace("-", " "),
+                         "fillstyle": "full" if c["ablate"] == "nothing" else "none"}
+            line(axis, by_length(runs), **style)
         lengths = sorted(by_length(sum(found.values(), [])))
         axis.set_xscale("log", base=2)
         axis.set_xticks([max(n, 0.5) for n in lengths],
@@ -222,7 +227,8 @@ def page(memory):
         axis.minorticks_off()
         task = runs[0]["config"]["task"]
         axis.set(title=folder.name, ylim=(-2, 103),
-                 xlabel=dict(remember="pairs", rewrite="updates", qa1="words").get(task, "segments"))
+                 xlabel=dict(remember="pairs", rewrite="updates", qa1="words",
+                             babilong="words (mean and range of tasks)").get(task, "segments"))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
