@@ -212,13 +212,15 @@ def page(memory):
         found = groups(folder)
         several = len({runs[0]["config"]["memory"] for runs in found.values()}) > 1
         for i, (name, runs) in enumerate(found.items()):
-            c, (kind, _, words) = runs[0]["config"], name.partition(f"-{memory}")
-            label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
-            style = dict(color=matplotlib.colormaps["viridis"](i / len(found)), marker="osD^vP"[i % 6],
-                         linestyle=("-", "--", "-.", ":")[i % 4], label=label)
+            config = runs[0]["config"]
             if several:                                  # memories side by side: the colour of each
-                style = {**look(c["memory"]), "label": name[len(c["task"]) + 1:].replace("-", " "),
-                         "fillstyle": "full" if c["ablate"] == "nothing" else "none"}
+                style = {**look(config["memory"]), "label": name[len(config["task"]) + 1:].replace("-", " "),
+                         "fillstyle": "full" if config["ablate"] == "nothing" else "none"}
+            else:
+                kind, _, words = name.partition(f"-{memory}")
+                label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
+                style = dict(color=matplotlib.colormaps["viridis"](i / len(found)), marker="osD^vP"[i % 6],
+                             linestyle=("-", "--", "-.", ":")[i % 4], label=label)
             line(axis, by_length(runs), **style)
         lengths = sorted(by_length(sum(found.values(), [])))
         axis.set_xscale("log", base=2)

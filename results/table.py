@@ -56,8 +56,8 @@ def interval(rows):
         return "-"
     z, share = 1.96, sum(row["n"] * row["accuracy"] for row in rows if row["n"]) / n
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = max(0, middle - spread), middle + spread                      # not -0.0, by rounding
-    return f"{100 * low / (1 + z * z / n):.1f}-{100 * high / (1 + z * z / n):.1f}"
+    low, high = (100 * edge / (1 + z * z / n) for edge in (middle - spread, middle + spread))
+    return f"{max(0, low):.1f}-{high:.1f}"                                    # not -0.0, by rounding
 
 
 def mean_of(rows):
