@@ -116,8 +116,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None, mask=None):
         """
-        x (B, T, C), past None or (k, v) of (B, H, P, d) each, mask None (causal) or bool (T, T) -> y (B, T,
-        C), (k, v) grown to P + T. Keys are cached before rotation, so a cache does not depend on positions.
+        x (B, T, C), past None or (k, v) of (B, H, P, d) each, mask None (causal) or bool (T, T)
+        -> y (B, T, C), (k, v) of P + T. Keys are cached before rotation, so no cache depends on positions.
         """
         q, k, v = self.project(x)                                                 # (B, H, T, d)
         if past is not None:
@@ -233,8 +233,7 @@ class FullAttention(Layered):
 #   carried: k, v (B, H, P, d) of the last P <= W T tokens, per layer; P is 0 at first
 #   cost: T (W + 1) T
 #   ablate  stop_gradient: the cache is a constant, as in Transformer-XL, so a segment cannot learn to be
-#           useful to the next (Transformer-XL also lets each token see only the W T tokens before it; FAM's
-#           table 8 finds no difference in that)
+#           useful to the next
 
 class BSWABlock(FullBlock):
     """Full attention that forgets: only W T tokens stay in its cache."""
@@ -319,10 +318,10 @@ class RMT(Layered):
 #
 #       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y
 #       write   k = phi(u W_K)      v = u W_V      beta = sigmoid(u w_beta)
-#               vbar = k A / (k . z)                   what A answers for k so far (each divisor + 1e-5)
+#               vbar = k A / (k . z)                   what A answers for k so far
 #               gamma = 1 - (k . z) / |k|^2            how much of k is new to z
 #               A <- A + sum_i beta_i k_i (v_i - vbar_i)^T
-#               z <- z + sum_i gamma_i k_i
+#               z <- z + sum_i gamma_i k_i             (1e-5 is added to each q . z, k . z and |k|^2)
 #       phi     DPFP-nu: r = [relu(x), relu(-x)], phi(x) = [r * roll(r, 1), ..., r * roll(r, nu)]
 #
 #   carried: A (B, D, C), z (B, D) per layer, zero at first; D = 2 nu d_mem     cost: (T + M)^2 + (T + M) D
@@ -602,12 +601,8 @@ def state_map(f, *states):
 
 
 def tensors(state):
-    """The tensors of a state, one after another."""
-    if torch.is_tensor(state):
-        yield state
-    else:
-        for part in state:
-            yield from tensors(part)
+    """The tensors of a state, as a list."""
+    return [state] if torch.is_tensor(state) else [t for part in state for t in tensors(part)]
 
 
 def state_floats(state):
@@ -657,23 +652,20 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.memory = MEMORIES[config.memory](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):         # as in GPT-2: 2 L branches add up
-                p.data /= (2 * config.n_layer) ** 0.5
+        for name, module in self.named_modules():
+            # differs: GPT-2 draws with 0.02 at its width of 768, which would be far too little here.
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=EMBEDDING_STD)
+            if name.endswith("c_proj"):                # as in GPT-2: 2 L branches add up
+                module.weight.data /= (2 * config.n_layer) ** 0.5
             # differs: queries and keys of self-attention start small, so it starts flat. Drawn like the rest
             # they look at some tokens from the start, and a random choice is slow to unlearn.
-            if name.endswith("c_attn.weight"):
-                p.data[:2 * config.n_embd] *= 0.1
-
-    def _init_weights(self, module):
-        # differs: GPT-2 draws with 0.02 at its width of 768, which would be far too little here.
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=EMBEDDING_STD)
+            if name.endswith("c_attn"):
+                module.weight.data[:2 * config.n_embd] *= 0.1
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -717,8 +709,7 @@ class GPT(nn.Module):
     def read(self, idx, state=None, tail=None):
         """
         Read text that comes in pieces of any size, idx (B, n) each. Returns (state, tail): the last 1 to T
-        tokens wait as `tail`, since what comes next is predicted from them; the state is that of the segments
-        before.
+        tokens wait as `tail`, since what comes next is predicted from them; the state is the one before them.
         """
         text = idx if tail is None else torch.cat((tail, idx), dim=1)
         full = max(text.size(1) - 1, 0) // self.config.segment_len * self.config.segment_len
@@ -734,8 +725,7 @@ class GPT(nn.Module):
         """
         state, tail = self.read(idx, state)
         for _ in range(max_new_tokens):
-            logits, _, _ = self(tail, state=state)     # the tail, again, from the state before it
-            logits = logits[:, -1]                                                # (B, V)
+            logits = self(tail, state=state)[0][:, -1]           # (B, V): the tail again, from `state`
             token = logits.argmax(-1, keepdim=True) if temperature == 0 else torch.multinomial(
                 F.softmax(logits / temperature, dim=-1), 1)                       # (B, 1)
             idx = torch.cat((idx, token), dim=1)

@@ -78,8 +78,7 @@ def read_fast(model, segments, state, quiet):
             if len(new) > 1:                                     # beside others its last bits may differ
                 _, _, after = model(segments[i - 1:i], state=state)
             wrote[i - 1] = float(sum(changes(state, after))) or 1.0       # 1: only a cache changed
-            state = after
-            here = fingerprint(state).encode()
+            state, here = after, fingerprint(after).encode()
     return state, wrote
 
 

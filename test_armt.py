@@ -1203,6 +1203,7 @@ def test_stop_and_resume_is_the_same_run(extra, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run(f"{command} {parts}")
         assert "the same command continues" in capsys.readouterr().out
+        run(f"train --eval_only --out_dir {parts}")                    # of a model halfway: it is made anew
     for _ in range(2):                                                     # the second time changes nothing
         run(f"{command} {parts}")
         one, two = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (whole, parts))
@@ -1278,6 +1279,8 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
     other = "--task passkey --segment_len 32"
     assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
+    assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} --task rewrite")
+    assert "segment_len" in fails(capsys, f"train --eval_only --out_dir {first} --segment_len 5")
 
 
 def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(tmp_path, capsys):

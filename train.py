@@ -43,7 +43,7 @@ from data.files import (RANK, add_row, one_line_errors, only_user, read_rows, re
 
 @dataclass
 class Config(GPTConfig):
-    """A run. Each field is a flag, and its comment the help. A task's own defaults override these."""
+    """A run. Each field but `vocab` is a flag, its comment the help. A task's own defaults override these."""
     # the task
     vocab: list = ()                # set by the task: the words with ids of their own
     task: str = "remember"          # remember, rewrite, passkey, babilong, or qa1 to qa5, joined by +
@@ -93,13 +93,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")        # one line, which names the flag
 
 
-def comma_list(kind):
-    """A type for argparse: one value, or several with commas between them."""
-    convert = lambda text: [kind(part) for part in text.split(",")]
-    convert.__name__ = kind.__name__                                    # for its messages
-    return convert
-
-
 def parse(argv):
     """Command line -> (like, eval_only, {flag: value} for each run)"""
     about = [f"  {name:6}{', '.join(f'{k} {v}' for k, v in Memory.options.items())}"
@@ -118,10 +111,12 @@ def parse(argv):
             group = parser.add_argument_group(heads[f.name])
         if "set by the task" not in NOTES[f.name]:
             kind = f.type if f.type in (int, float) else int if f.type == int | None else str
+            several = lambda text, kind=kind: [kind(part) for part in text.split(",")]
+            several.__name__ = kind.__name__                            # for the messages of argparse
             default = f" ({f.default})" * (f.default not in ("", None) and f.type is not list)
             group.add_argument(f"--{f.name}", metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
                                nargs="+" if f.type is list else None,
-                               type=kind if f.name in LISTS else comma_list(kind),
+                               type=kind if f.name in LISTS else several,
                                help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
@@ -167,8 +162,10 @@ def to_evaluate(chosen):
     if wrong := chosen.keys() - set(EVAL):
         raise ValueError(f"--{min(wrong)}: a model is evaluated as it was trained; leave it out")
     task, trained = make_task(c), make_task(saved)
-    if task.kind != trained.kind or not set(task.rows) <= set(trained.rows):
+    if c.task != saved.task and (task.kind != "qa" or not set(task.rows) <= set(trained.rows)):
         raise ValueError(f"--task: the model in {c.out_dir} was trained on {saved.task}")
+    if c.segment_len != saved.segment_len and (task.kind != "qa" or c.window):
+        raise ValueError(f"--segment_len: this model is evaluated with {saved.segment_len}; leave it out")
     return check(c, chosen, training=False)
 
 
@@ -317,8 +314,7 @@ def compiled(model, c):
         return
     shapes = {(c.batch_size // WORLD, c.segment_len >> i) for i in range(8 if c.align else 1)}   # (rows, T)
     warnings.filterwarnings("ignore", module="torch._dynamo")
-    on_gpu = model.lm_head.weight.device.type == "cuda"
-    usual = model.memory.forward
+    usual, on_gpu = model.memory.forward, model.lm_head.weight.is_cuda
     fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None)
 
     def forward(x, state):               # copies, since a CUDA graph writes its next outputs over the last
@@ -334,16 +330,6 @@ def make_optimizers(model, c):
     adamw = torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     muon = [torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=WEIGHT_DECAY)] if matrices else []
     return [adamw, *muon]
-
-
-def of_all_processes(sums, row, correct):
-    """Sums (n,), rows of questions and which were correct (q,) of this process -> of all together."""
-    found = [(sums, row * WORLD + RANK, correct)]
-    if WORLD > 1:
-        found = found * WORLD
-        distributed.all_gather_object(found, found[RANK])
-    sums, row, correct = zip(*found)
-    return sum(sums), np.concatenate(row), np.concatenate(correct)
 
 
 def train(c, model, task, device, optimizers, p):
@@ -366,9 +352,8 @@ def train(c, model, task, device, optimizers, p):
         through = p["stage_step"] / c.last_steps if last else 0.0
         rate = min(1.0, (p["step"] + 1) / (WARMUP + 1)) * (1 - through)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * rate
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate        # there is one group
+            optimizer.zero_grad()
 
         # a batch, of which each process takes its rows, perhaps read with the memory of the batch before
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
@@ -391,9 +376,13 @@ def train(c, model, task, device, optimizers, p):
             optimizer.step()
 
         # what all processes found, and whether one shall stop; accuracy of each part of the task
-        logged = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(pressed)])
-        (loss, written, stop), row, correct = of_all_processes(logged, row, correct)
-        part_of = np.array([parts[r % len(parts)] for r in row])
+        sums = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(pressed)])
+        found = [(sums, row * WORLD + RANK, correct)] * WORLD
+        if WORLD > 1:
+            distributed.all_gather_object(found, found[RANK])
+        sums, rows, correct = zip(*found)
+        (loss, written, stop), correct = sum(sums), np.concatenate(correct)
+        part_of = np.array(parts)[np.concatenate(rows) % len(parts)]
         shares = {part: float(correct[part_of == part].mean()) for part in dict.fromkeys(part_of.tolist())}
 
         # curriculum: a stage is learned when its worst part is; the last one runs for last_steps
@@ -428,9 +417,9 @@ def train(c, model, task, device, optimizers, p):
                          f"{names[stage]}: try a smaller --lr or --muon_lr")
     if p["done"] and not p["learned"]:
         flag = "--last_steps" if last else "--stage_steps"
-        print(f"stage {names[p['stage']]} was not learned ({flag} gives it more time): loss {loss:.2f}, no "
-              f"better than a guess among {np.exp(min(loss, 20)):.1f} answers")
-    return p["done"] and not stop
+        print(f"stage {names[stage]} was not learned ({flag} gives it more time): loss {loss:.2f}, no better "
+              f"than a guess among {np.exp(min(loss, 20)):.1f} answers")
+    return not stop
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -457,28 +446,31 @@ def evaluate(c, model, task, device, answer=answer):
         print(f"evaluated before: python results/table.py {Path(c.out_dir).parent}")
     for cell in todo:
         (questions, left_out), said, began = task.questions(cell), [], time.time()
-        tokens = sum(len(piece) for q in questions for piece in q.context)
-        with tqdm(total=tokens, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
+        batches = [questions[i:i + c.batch_size] for i in range(0, len(questions), c.batch_size)]
+        tokens = [[sum(map(len, q.context)) for q in batch] for batch in batches]
+        total = sum(len(n) * (max(n) + -max(n) % c.segment_len) for n in tokens)       # with blanks
+        with tqdm(total=total, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
                   leave=False, disable=None) as bar:
-            for start in range(0, len(questions), c.batch_size):
+            for batch in batches:
                 with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
-                    said += answer(model, questions[start:start + c.batch_size], device, bar)
+                    said += answer(model, batch, device, bar)
         correct = [list(q.answer) == ids for q, ids in zip(questions, said)]
-        row = dict(cell=cell, n=len(correct), left_out=left_out, tokens=tokens,
+        row = dict(cell=cell, n=len(correct), left_out=left_out, tokens=sum(map(sum, tokens)),
                    seconds=round(time.time() - began, 2),
                    accuracy=round(np.mean(correct), 5) if correct else None)
-        line = f"{cell.get('part', '')} {cell['length']} {task.unit}: -".lstrip()
+        add_row(c.out_dir, kind="eval", **row)
+        found = "-"
         if correct:
             last = task.show([*questions[-1].context[-1][-20:], *questions[-1].question])[-60:]
-            line = f"{line[:-1]}{row['accuracy']:.1%} of {len(correct):,}  ...{last} -> {task.show(said[-1])}"
-        add_row(c.out_dir, kind="eval", **row)
-        print(line + f" ({left_out} stories are longer and left out)" * (left_out > 0))
+            found = f"{row['accuracy']:.1%} of {len(correct):,}  ...{last} -> {task.show(said[-1])}"
+        print(f"{cell.get('part', '')} {cell['length']} {task.unit}: {found}".lstrip()
+              + f" ({left_out} stories are longer and left out)" * (left_out > 0))
 
 
 # --- The program --------------------------------------------------------------------------------------------
 
 def one_run(c):
-    """Train, or continue training, then evaluate. False when it was stopped."""
+    """Train, or continue training, then evaluate."""
     device, folder, task = pick_device(c.device), Path(c.out_dir), make_task(c)
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
@@ -499,7 +491,8 @@ def one_run(c):
         progress |= checkpoint["progress"]
         if progress["state"] is not None:
             progress["state"] = state_map(lambda s: s.to(device), progress["state"])
-        rows = [row for row in rows if row["kind"] != "train" or row["step"] <= progress["step"]]
+        rows = [row for row in rows if (row["step"] <= progress["step"] if row["kind"] == "train" else
+                                        progress["done"])]       # what it could do halfway is no result
         if not progress["done"]:
             print(f"{folder}: continues at step {progress['step']}")
     elif rows:
@@ -507,9 +500,8 @@ def one_run(c):
     elif (folder / "config.json").exists():
         read_config(folder)                                      # ValueError if it is another program's
     write_rows(folder, rows)                                     # drops half a last row
-    with torch.no_grad():
-        tokens = max(1, (c.window or 0) * c.segment_len)         # they fill a cache
-        state = model(torch.zeros(1, tokens, dtype=torch.long, device=device))[2]
+    with torch.no_grad():                                        # enough blanks to fill a cache
+        state = model(torch.tensor([[0] * max(1, (c.window or 0) * c.segment_len)], device=device))[2]
     sizes = dict(parameters=model.n_params(), state_floats=state_floats(state), device=device,
                  threads=torch.get_num_threads(), torch=str(torch.__version__))
     options = [f"{name} {getattr(c, name)}" for name in MEMORIES[c.memory].options] + [f"ablate {c.ablate}"]
@@ -519,13 +511,12 @@ def one_run(c):
     compiled(model, c)
     if not progress["done"] and not train(c, model, task, device, optimizers, progress):
         print(f"stopped at step {progress['step']} and saved; the same command continues")
-        return False
+        sys.exit(130)
     if RANK == 0:
         evaluate(c, model, task, device)
         if not any(row["kind"] == "final" for row in rows):
             add_row(folder, kind="final", **sizes, stage=c.stages.split(",")[progress["stage"]],
                     **{name: progress[name] for name in ("step", "seconds", "learned")})
-    return True
 
 
 def main(argv=None, answer=answer):
@@ -548,8 +539,8 @@ def main(argv=None, answer=answer):
                         model = load(c.out_dir, device := pick_device(c.device))[1]
                         compiled(model, c)
                         evaluate(c, model, make_task(c), device, answer)
-                    elif not one_run(c):
-                        sys.exit(130)
+                    else:
+                        one_run(c)
             except ValueError as e:
                 if len(configs) == 1:
                     raise

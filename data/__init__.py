@@ -14,7 +14,7 @@ A task has these attributes and methods, which train.py and sample.py use:
 
     vocab_size, vocab            the number of ids, and the words that have one of their own
     rows                         row i of a batch is of the part rows[i % len(rows)] of the task
-    check(config)                ValueError, naming the flag, for settings that it cannot serve
+    check(config, training)      ValueError, naming the flag, for settings that it cannot serve
     batch(rng, size, stage)      a Batch
     cells(config)                what to evaluate: a list of dicts with a length, a number of questions n, ...
     questions(cell)              a list of Question, and how many were left out because they do not fit

@@ -88,7 +88,7 @@ def spread(stories):
     return [own[(i + r) % len(own)] for r in range(rounds) for i, own in enumerate(each) if r < len(own)]
 
 
-# The crc32 of all that stands before a question of the published test files of qa1 to qa5.
+# The crc32 of the facts before each question of the published test files of qa1 to qa5.
 PUBLISHED = set(np.load(Path(__file__).parent / "published.npy").tolist())
 
 

@@ -21,8 +21,8 @@ from .files import read_text
 MARKS = [".", "?", "!"]
 SHORTEST = 10                       # tokens of a sentence of the background, its mark included
 BUCKETS = 1024                      # ids shared by all words that are not the task's
-BRIEF = 256                         # where segments grow, those of a sentence get no text beyond these words
 SWAPPED = 0.3                   # share of those words that are swapped in training: no text is known by heart
+BRIEF = 256                         # where segments grow: most words of a text with one sentence in a segment
 PROSE = "prose"                     # the name of the built-in background
 
 BASE = dict(n_layer=3, n_mem=8, rule="delta", gate="hardsigmoid", segment_len=8, align=8, decoys=0.5,
@@ -282,10 +282,7 @@ class BABILong(InText):
                  for story in babi.simulate(random.Random(0), part, 200)
                  for line in story if line.answer is None]
         fact_ids, dice = {i for fact in facts for i in fact}, random.Random("decoys")
-
-        def change(sentence):
-            return look_alike(dice, sentence, facts, fact_ids) if dice.random() < self.decoys else sentence
-        return change
+        return lambda ids: look_alike(dice, ids, facts, fact_ids) if dice.random() < self.decoys else ids
 
     def check(self, config, training=True):
         """ValueError, naming flag or file, for settings and files that cannot serve."""

@@ -61,7 +61,7 @@ def interval(rows):
 
 
 def mean_of(rows):
-    """'95.5 +-1.0': mean accuracy of eval rows and its standard deviation, in per cent; '-': no question."""
+    """'95.5 +- 1.0': mean accuracy of eval rows and its standard deviation, in per cent; '-': no question."""
     values = [100 * row["accuracy"] for row in rows if row["accuracy"] is not None]
     spread = f" +-{statistics.stdev(values):4.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}" if values else "-"
@@ -101,8 +101,7 @@ def tables(runs):
             if task.startswith(("qa", "babilong")):
                 lines.append(["  95% interval", "", "", "", "",
                               *(interval(cells.get(length, [])) for length in lengths), ""])
-        head = ["accuracy, %", "seeds", "parameters", "state", "minutes",
-                *(f"{n:,}" for n in lengths), ""]
+        head = ["accuracy, %", "seeds", "parameters", "state", "minutes", *(f"{n:,}" for n in lengths), ""]
         widths = [max(map(len, column)) for column in zip(head, *lines)]
         out.append("")
         for line in [head, *lines]:
