@@ -565,14 +565,18 @@ class LM2Block(Block):
     def gate(self, name, *x):
         return self.gates[name](*x) if name in self.gates else 1.0
 
-    def forward(self, x, bank):
-        """Tokens x (B, T, C) and bank (B, M, C) -> x (B, T, C), the bank for the next segment"""
+    def ask(self, x, bank):
+        """Tokens x (B, T, C) read the bank (B, M, C) -> x (B, T, C), their self-attention a (B, T, C)"""
         a, _ = self.attn(self.ln_1(x))                                            # (B, T, C)
         E = self.read(a, bank)                                                    # (B, T, C)
-        U = self.write(bank, a)                                                   # (B, M, C)
-        bank = self.gate("input", U, bank) * torch.tanh(U) + self.gate("forget", U, bank) * bank
         x = x + (a + self.gate("output", E) * E)
-        return x + self.mlp(self.ln_2(x)), bank
+        return x + self.mlp(self.ln_2(x)), a
+
+    def forward(self, x, bank):
+        """Tokens x (B, T, C) and bank (B, M, C) -> x (B, T, C), the bank for the next segment"""
+        x, a = self.ask(x, bank)
+        U = self.write(bank, a)                                                   # (B, M, C)
+        return x, self.gate("input", U, bank) * torch.tanh(U) + self.gate("forget", U, bank) * bank
 
 
 class LM2(Layered):

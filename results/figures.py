@@ -102,18 +102,19 @@ def pairs():
 def words():
     """BABILong: accuracy against words read, beside the paper's rows."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), sharey=True)
-    looks = {("babilong", "babilong-armt", 8): ("#d62728", "D", "-", "here, a sentence a segment"),
-             ("cut", "babilong-armt", 64): ("#8e44ad", "o", "-.", "here, cut anywhere")}
-    found = {folder: groups(HERE / folder) for folder, _, _ in looks}
+    shown = [("babilong", "armt", 8, dict(label="armt, a sentence a segment")),
+             ("lm2/babilong", "lm2", 8, dict(label="lm2, a sentence a segment")),
+             ("cut", "armt", 64, dict(label="armt, cut anywhere", linestyle="--", fillstyle="none"))]
+    found = {folder: groups(HERE / folder) for folder, *_ in shown}
     for axis, part in zip(axes, PAPER):
-        for (folder, name, tokens), (color, marker, dashes, label) in looks.items():
+        for folder, memory, tokens, style in shown:
             kept = [dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part
                                and row["cell"].get("segment_len", 8) == tokens])
-                    for run in found[folder][name]]
-            line(axis, by_length(kept), color=color, marker=marker, linestyle=dashes, label=label)
+                    for run in found[folder][f"babilong-{memory}"]]
+            line(axis, by_length(kept), **look(memory) | style)
         mean, spread = zip(*PAPER[part])
-        axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#0066cc", marker="s",
-                      linestyle=":", capsize=3, label="paper, ARMT of 137M")
+        axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#555555", marker="s",
+                      linestyle=":", capsize=3, label="paper: ARMT of 137M, cut anywhere")
         axis.set_xscale("symlog", linthresh=500)
         axis.set(title=part, xlabel="words (paper: tokens)", ylim=(0, 104))
         axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
