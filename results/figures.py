@@ -214,9 +214,10 @@ def page(memory):
         several = len({runs[0]["config"]["memory"] for runs in found.values()}) > 1
         for i, (name, runs) in enumerate(found.items()):
             config = runs[0]["config"]
-            if several:                                  # memories side by side: the colour of each
-                style = {**look(config["memory"]), "label": name[len(config["task"]) + 1:].replace("-", " "),
-                         "fillstyle": "full" if config["ablate"] == "nothing" else "none"}
+            if several:                                  # memories side by side: each in its colour
+                label = name[len(config["task"]) + 1:].replace("-", " ")
+                usual = label in (config["memory"], f"{config['memory']} nothing")
+                style = {**look(config["memory"]), "label": label, "fillstyle": "full" if usual else "none"}
             else:
                 kind, _, words = name.partition(f"-{memory}")
                 label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
@@ -232,7 +233,7 @@ def page(memory):
         axis.set(title=folder.name, ylim=(-2, 103),
                  xlabel=dict(remember="pairs", rewrite="updates", qa1="words",
                              babilong="words (mean and range of tasks)").get(task, "segments"))
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.legend(frameon=False, fontsize=8, loc="best" if several else "lower left")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
     for axis in axes.flat[len(folders):]:
