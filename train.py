@@ -93,6 +93,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")        # one line, which names the flag
 
 
+def comma_list(kind):
+    """A type for argparse: one value, or several with commas between them."""
+    convert = lambda text: [kind(part) for part in text.split(",")]
+    convert.__name__ = kind.__name__                                    # for its messages
+    return convert
+
+
 def parse(argv):
     """Command line -> (like, eval_only, {flag: value} for each run)"""
     about = [f"  {name:6}{', '.join(f'{k} {v}' for k, v in Memory.options.items())}"
@@ -111,12 +118,10 @@ def parse(argv):
             group = parser.add_argument_group(heads[f.name])
         if "set by the task" not in NOTES[f.name]:
             kind = f.type if f.type in (int, float) else int if f.type == int | None else str
-            several = lambda text, kind=kind: [kind(part) for part in text.split(",")]
-            several.__name__ = kind.__name__                            # for the messages of argparse
             default = f" ({f.default})" * (f.default not in ("", None) and f.type is not list)
             group.add_argument(f"--{f.name}", metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
                                nargs="+" if f.type is list else None,
-                               type=kind if f.name in LISTS else several,
+                               type=kind if f.name in LISTS else comma_list(kind),
                                help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
@@ -332,6 +337,15 @@ def make_optimizers(model, c):
     return [adamw, *muon]
 
 
+def of_all_processes(sums, row, correct):
+    """Sums (n,), the row of each question and if it was answered correctly (q,), of all processes together."""
+    found = [(sums, row * WORLD + RANK, correct)] * WORLD
+    if WORLD > 1:
+        distributed.all_gather_object(found, found[RANK])
+    sums, row, correct = zip(*found)
+    return sum(sums), np.concatenate(row), np.concatenate(correct)
+
+
 def train(c, model, task, device, optimizers, p):
     """
     Step until the last stage is over, with a bar, a log and checkpoints. False when Ctrl-C stopped it. `p` is
@@ -377,12 +391,8 @@ def train(c, model, task, device, optimizers, p):
 
         # what all processes found, and whether one shall stop; accuracy of each part of the task
         sums = np.array([loss.item() * share / WORLD, written.item() / WORLD, len(pressed)])
-        found = [(sums, row * WORLD + RANK, correct)] * WORLD
-        if WORLD > 1:
-            distributed.all_gather_object(found, found[RANK])
-        sums, rows, correct = zip(*found)
-        (loss, written, stop), correct = sum(sums), np.concatenate(correct)
-        part_of = np.array(parts)[np.concatenate(rows) % len(parts)]
+        (loss, written, stop), row, correct = of_all_processes(sums, row, correct)
+        part_of = np.array(parts)[row % len(parts)]
         shares = {part: float(correct[part_of == part].mean()) for part in dict.fromkeys(part_of.tolist())}
 
         # curriculum: a stage is learned when its worst part is; the last one runs for last_steps
@@ -491,9 +501,8 @@ def one_run(c):
         progress |= checkpoint["progress"]
         if progress["state"] is not None:
             progress["state"] = state_map(lambda s: s.to(device), progress["state"])
-        rows = [row for row in rows if (row["step"] <= progress["step"] if row["kind"] == "train" else
-                                        progress["done"])]       # what it could do halfway is no result
-        if not progress["done"]:
+        if not progress["done"]:                                 # what it could do halfway is no result
+            rows = [row for row in rows if row["kind"] == "train" and row["step"] <= progress["step"]]
             print(f"{folder}: continues at step {progress['step']}")
     elif rows:
         raise ValueError(f"--out_dir: {folder} holds results but no checkpoint; choose another folder")
