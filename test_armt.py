@@ -1305,12 +1305,13 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
                f"--background {TOP}/README.md --out_dir {tmp_path}")
     launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 train.py {command[6:]}/two"
     launch = [sys.executable, *launch.split()]
-    process = subprocess.Popen(launch, cwd=TOP, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(launch, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while not (tmp_path / "two" / "ckpt.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     *_, last = subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()
     os.kill(int(last), signal.SIGINT)                                  # one stops: both do, at the same step
-    assert process.wait(timeout=60) != 0 and not rows_of(tmp_path / "two", "final")
+    assert b"and saved" in process.communicate(timeout=60)[0] and process.returncode != 0
+    assert not rows_of(tmp_path / "two", "final")
     with subprocess.Popen(launch, cwd=TOP) as process:
         run(f"{command}/one")
     assert process.returncode == 0

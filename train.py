@@ -338,7 +338,7 @@ def make_optimizers(model, c):
 
 
 def of_all_processes(sums, row, correct):
-    """Sums (n,), the row of each question and if it was answered correctly (q,), of all processes together."""
+    """Sums (n,), rows of questions and which were correct (q,) of this process -> of all together."""
     found = [(sums, row * WORLD + RANK, correct)] * WORLD
     if WORLD > 1:
         distributed.all_gather_object(found, found[RANK])
@@ -518,7 +518,13 @@ def one_run(c):
           f" {sizes['state_floats']:,} floats carried{' for each token' * (c.memory == 'full')}; {device}, "
           f"{sizes['threads']} threads, torch {sizes['torch']}")
     compiled(model, c)
-    if not progress["done"] and not train(c, model, task, device, optimizers, progress):
+    if WORLD > 1:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    trained = progress["done"] or train(c, model, task, device, optimizers, progress)
+    if WORLD > 1:                # once one has left, torchrun stops the others: not before all is saved
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if not trained:
         print(f"stopped at step {progress['step']} and saved; the same command continues")
         sys.exit(130)
     if RANK == 0:
@@ -537,9 +543,7 @@ def main(argv=None, answer=answer):
         usual = torch.get_num_threads()
         if WORLD > 1 and (eval_only or len(configs) > 1):
             raise ValueError("torchrun trains one run; evaluate, or train a grid, without it")
-        if WORLD > 1:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         for c in configs:
             torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
             try:
@@ -555,8 +559,6 @@ def main(argv=None, answer=answer):
                     raise
                 print(f"{c.out_dir}: {e}")      # the other runs of a grid can still go on
                 failed += 1
-        if WORLD > 1:
-            distributed.destroy_process_group()
         if failed:
             raise ValueError(f"{failed} of {len(configs)} runs failed")
         if argv is None:                        # a program that calls main prints its own next step
