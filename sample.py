@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from armt import state_floats, state_map, tensors
 from data import numbers
+from data.babilong import MARKS
 from data.files import one_line_errors, write_atomically
-from train import Parser, answer, changes, load, make_task, pick_device
+from train import Parser, answer, changes, file_name, load, make_task, pick_device
 
 MOST_QUIET = 100_000                # segments known not to write; the set is emptied when it is larger
 AHEAD = 64                          # segments read side by side, at most
@@ -156,11 +157,18 @@ class Reader:
         ids, state = self.task.ask(question.rstrip(" .!?") + "?"), self.state
         if not self.words.count(ids):
             raise ValueError("--ask: the question has no words")
+        if sum(0 < i <= len(MARKS) for i in ids) > 1:
+            raise ValueError("--ask: one question at a time, and nothing told in it")
         if self.tail:                            # its segment is filled with blanks, for this question only
             tail = self.tail + [0] * (self.T - len(self.tail))
             _, _, state = self.model(torch.tensor([tail], device=self.device), state=state)
         return self.model(torch.tensor([ids], device=self.device), state=state,
                           write=False)[0][0, -1].softmax(-1)
+
+    def draw(self, file):
+        """A figure in `file`: how much each segment changed the memory. Returns its name."""
+        from results.figures import written                              # needs matplotlib
+        return written(self.changes or [0.0], file)
 
     def seal(self, memory):
         """A hash of a memory and of the weights of its model."""
@@ -186,16 +194,27 @@ class Reader:
 
 def show_written(reader, file):
     """Which segments wrote: a strip of text, or a figure in `file`, and the segments that wrote most."""
-    changes = np.array(reader.changes or [0.0])
+    changes, cached = np.array(reader.changes or [0.0]), reader.model.config.memory in ("full", "bswa")
     if file:
-        from results.figures import written
-        written(changes, file)
+        print(reader.draw(file))
     cells, top = [part.max() for part in np.array_split(changes, min(72, len(changes)))], changes.max()
     print("".join("_.:-=+*#"[min(7, int(8 * cell / top))] if cell else " " for cell in cells).join("||"))
     print(f"{len(reader.changes):,} segments from left to right; {np.count_nonzero(changes):,} wrote, and "
-          f"changed the memory by at most {top:.3g}. Those that wrote most (~ is a word outside bAbI):")
+          f"changed the memory by at most {top:.3g}{' (1: only a cache changed)' * cached}. "
+          "Those that wrote most (~ is a word outside bAbI):")
     for size, i, ids in sorted(reader.most, key=lambda found: found[1]):
         print(f"{i + 1:9,}  {size:8.3g}  {reader.task.show(ids)[:100]}")
+
+
+def try_to_write(flag, file, write):
+    """ValueError if `write` cannot make `file`: known before a book is read."""
+    try:
+        if Path(file).is_dir():
+            raise IsADirectoryError("it is a folder")
+        with NamedTemporaryFile(suffix=Path(file).name, dir=Path(file).parent) as trial:
+            write(trial.name)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--{flag}: cannot write {file}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def reply(reader, question, as_json):
@@ -230,10 +249,10 @@ def converse(reader):
                 reader.read(line[5:].strip())
                 print(f"read {reader.words_read - before:,} words in {time.time() - began:.1f} s")
             elif line.endswith("?"):
-                told, stop, question = line.rpartition(". ")
+                told, stop, question = line.rpartition(".")
                 reader.warn(told)
                 reader.tell(told + stop)
-                reply(reader, question, as_json=False)
+                reply(reader, question.strip(), as_json=False)
             elif line.endswith("."):
                 reader.warn(line)
                 reader.tell(line)
@@ -267,8 +286,8 @@ def make_parser():
                         help="qa: none starts a conversation")
     parser.add_argument("--written", nargs="?", const="", metavar="FILE.png", help="qa: which segments wrote")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
-    parser.add_argument("--save_state", metavar="FILE", help="qa: keep the memory in a file")
-    parser.add_argument("--load_state", metavar="FILE", help="qa: begin with a memory from a file")
+    parser.add_argument("--save_state", type=file_name, metavar="FILE", help="qa: keep the memory in a file")
+    parser.add_argument("--load_state", type=file_name, metavar="FILE", help="qa: begin with one from a file")
     return parser
 
 
@@ -291,15 +310,9 @@ def main(argv=None):
         if args.json and not (args.ask or args.save_state):
             raise ValueError("--json: a conversation has none; see --ask")
         reader = Reader(config, model, task, device)
-        if args.save_state:                                                # tried before a book is read
-            path = Path(args.save_state)
-            try:
-                if path.is_dir():
-                    raise IsADirectoryError("it is a folder")
-                with NamedTemporaryFile(prefix=path.name, dir=path.parent) as trial:
-                    reader.save(trial.name)
-            except OSError as e:
-                raise ValueError(f"--save_state: cannot write {path}: {e.strerror or e}") from None
+        for flag, write in (("save_state", reader.save), ("written", reader.draw)):
+            if file := getattr(args, flag):
+                try_to_write(flag, file, write)
         if args.load_state:
             reader.load(args.load_state)
         facts = args.facts.strip()

@@ -1294,7 +1294,8 @@ def test_an_evaluation_adds_what_is_missing_and_none_of_no_question_is_not_zero(
         ("qa1", 0, 8, 0), ("qa3", 0, 8, 0), ("qa3", 30, 0, 3), ("qa3", 300, 3, 0)]
     assert rows[2]["accuracy"] is None
     said = capsys.readouterr().out
-    assert "qa3 30 words: - (3 stories are longer and left out)" in said and "evaluated before" in said
+    assert "qa3 30 words: - (3 questions are about longer stories, and left out)" in said
+    assert "qa3 30 words: - (evaluated before)" in said and "% of 3 (evaluated before)" in said
     assert "trained on" in fails(capsys, f"{command} --task qa2")
     assert "--lr" in fails(capsys, f"{command} --lr 1")
 
@@ -1414,12 +1415,14 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
     for flag, named in ((f"--read {qa / 'binary.txt'}", "binary.txt"),
-                        (f"--facts 'Mary left.' --written x.no --save_state {qa / 'kept.pt'}", "sample.py"),
+                        (f"--facts 'Mary left.' --written x.no --save_state {qa / 'kept.pt'}", "--written"),
+                        ("--load_state ''", "--load_state"),
                         (f"--save_state {qa / 'nowhere' / 'x.pt'}", "--save_state"),
                         (f"--save_state {qa}", "--save_state"),
                         ("--load_state nowhere.pt", "nowhere.pt")):
         assert named in fails(capsys, f"{command} {flag} {ask}")
-    assert (qa / "kept.pt").exists()                         # kept before the figure could not be drawn
+    assert not (qa / "kept.pt").exists()                     # said before anything is read
+    assert "one question" in fails(capsys, f"{command} --ask 'John left. Where is John?'")
 
 
 def test_a_conversation_says_what_it_does_not_know_and_shows_what_was_written(qa, capsys, monkeypatch):

@@ -93,6 +93,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")        # one line, which names the flag
 
 
+def file_name(text):
+    """A type for argparse: what a variable of the shell that is not set leaves empty is no name."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is missing")
+    return text
+
+
 def comma_list(kind):
     """A type for argparse: one value, or several with commas between them."""
     convert = lambda text: [kind(part) for part in text.split(",")]
@@ -109,7 +116,8 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
                         ["memories, the options they have, and words for --ablate (joined by +):", *about]))
     source = parser.add_mutually_exclusive_group()       # a model is evaluated as it was trained
-    source.add_argument("--like", metavar="RUN", default="", help="settings of a run: folder or results file")
+    source.add_argument("--like", metavar="RUN", type=file_name,
+                        help="settings of a run: folder or results file")
     source.add_argument("--eval_only", action="store_true", help="evaluate the run in --out_dir")
     group = parser.add_argument_group("the model")
     heads = dict(task="the task", stage_steps="training", eval_lengths="evaluation", device="the machine")
@@ -126,7 +134,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
     values = [[value] if name in LISTS else value for name, value in given.items()]
-    return like, eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
+    return like or "", eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
 def grid(like, runs):
@@ -429,7 +437,7 @@ def train(c, model, task, device, optimizers, p):
         flag = "--last_steps" if last else "--stage_steps"
         print(f"stage {names[stage]} was not learned ({flag} gives it more time): loss {loss:.2f}, no better "
               f"than a guess among {np.exp(min(loss, 20)):.1f} answers")
-    return not stop
+    return not (stop or pressed)
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -450,11 +458,13 @@ def evaluate(c, model, task, device, answer=answer):
     """A row of metrics.jsonl for each part of the task and length, if it is not there yet."""
     model.config.segment_len = c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # drops half a last row
-    done = [row["cell"] for row in rows if row["kind"] == "eval"]
-    todo = [cell for cell in task.cells(c) if cell not in done]
-    if not todo:
-        print(f"evaluated before: python results/table.py {Path(c.out_dir).parent}")
-    for cell in todo:
+    done = [row for row in rows if row["kind"] == "eval"]
+    share = lambda row: "-" if row["accuracy"] is None else f"{row['accuracy']:.1%} of {row['n']:,}"
+    for cell in task.cells(c):
+        where = f"{cell.get('part', '')} {cell['length']} {task.unit}:".lstrip()
+        if before := [row for row in done if row["cell"] == cell]:
+            print(where, share(before[-1]), "(evaluated before)")
+            continue
         (questions, left_out), said, began = task.questions(cell), [], time.time()
         batches = [questions[i:i + c.batch_size] for i in range(0, len(questions), c.batch_size)]
         tokens = [[sum(map(len, q.context)) for q in batch] for batch in batches]
@@ -469,12 +479,12 @@ def evaluate(c, model, task, device, answer=answer):
                    seconds=round(time.time() - began, 2),
                    accuracy=round(np.mean(correct), 5) if correct else None)
         add_row(c.out_dir, kind="eval", **row)
-        found = "-"
+        done, example = [*done, row], ""
         if correct:
-            last = task.show([*questions[-1].context[-1][-20:], *questions[-1].question])[-60:]
-            found = f"{row['accuracy']:.1%} of {len(correct):,}  ...{last} -> {task.show(said[-1])}"
-        print(f"{cell.get('part', '')} {cell['length']} {task.unit}: {found}".lstrip()
-              + f" ({left_out} stories are longer and left out)" * (left_out > 0))
+            end = np.concatenate(questions[-1].context[-2:])[-20:]      # two pieces, the last may be blank
+            example = f"  ...{task.show([*end, *questions[-1].question])[-60:]} -> {task.show(said[-1])}"
+        longer = f" ({left_out} questions are about longer stories, and left out)" * (left_out > 0)
+        print(where, share(row) + example + longer)
 
 
 # --- The program --------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def main(argv=None):
     with one_line_errors("data.download", "stopped; the same command continues"):
         wanted = dict(line.split()[::-1] for line in (HERE / "babi.sha256").read_text().splitlines())
         archive = out / "babi.tar.gz"
-        if not all((out / "babi" / file).exists() for file in wanted):
+        sha = lambda path: path.exists() and hashlib.sha256(path.read_bytes()).hexdigest()
+        if any(sha(out / "babi" / file) != digest for file, digest in wanted.items()):
             if not archive.exists():
                 try:
                     fetch(BABI[0], archive)

@@ -96,9 +96,11 @@ def one_line_errors(program, stopped="stopped"):
     try:
         yield
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)         # pressed again, it would print a traceback
         sys.exit(f"{program}: {stopped}")
     except BrokenPipeError:                                  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)                                        # as a shell calls what ended like this
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"{program}: {' '.join(str(e).split())}")
     except (MemoryError, RuntimeError) as e:

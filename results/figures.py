@@ -71,7 +71,7 @@ def save(figure, file):
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None} if str(file).endswith(".svg") else {})
     plt.close(figure)
-    print(file)
+    return file
 
 
 def pairs():
@@ -96,7 +96,7 @@ def pairs():
     axes[0].set_ylabel("accuracy, % (mean, and all seeds)")
     lines = {label: one for axis in axes for one, label in zip(*axis.get_legend_handles_labels())}
     axes[1].legend(lines.values(), lines, frameon=False, fontsize=9, loc=(1.02, 0.1))
-    save(figure, HERE / "figures" / "pairs.svg")
+    return save(figure, HERE / "figures" / "pairs.svg")
 
 
 def words():
@@ -120,7 +120,7 @@ def words():
         axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
     axes[0].set_ylabel("accuracy, %")
     axes[3].legend(frameon=False, fontsize=9, loc="lower left")
-    save(figure, HERE / "figures" / "words.svg")
+    return save(figure, HERE / "figures" / "words.svg")
 
 
 def forget():
@@ -151,7 +151,7 @@ def forget():
     axes[0].set(ylabel="accuracy, % (mean, and all seeds)", ylim=(0, 103))
     axes[1].set(ylabel="change of the memory, of its size", yscale="symlog", ylim=(0, None))
     axes[1].legend(frameon=False, fontsize=9, loc="upper left")
-    save(figure, HERE / "figures" / "forget.svg")
+    return save(figure, HERE / "figures" / "forget.svg")
 
 
 def curve():
@@ -167,7 +167,7 @@ def curve():
     axis.axhline(0.6931, color="#888888", linestyle=":")
     axis.text(steps[-1], 0.72, "ln 2: one of two values seen", ha="right", fontsize=8)
     axis.set(xlabel="step (a line begins a stage, with its pairs)", ylabel="loss", ylim=(0, 3.1))
-    save(figure, HERE / "figures" / "curve.svg")
+    return save(figure, HERE / "figures" / "curve.svg")
 
 
 def capacity():
@@ -201,7 +201,7 @@ def capacity():
     axes[0].set_ylabel("pairs stored (16 values)")
     axes[1].set_title("at most, by the size of the state", fontsize=11)
     axes[0].legend(frameon=False, fontsize=9, loc="upper left")
-    save(figure, HERE / "figures" / "capacity.svg")
+    return save(figure, HERE / "figures" / "capacity.svg")
 
 
 def page(memory):
@@ -238,7 +238,7 @@ def page(memory):
         axis.set_ylabel("accuracy, %")
     for axis in axes.flat[len(folders):]:
         axis.axis("off")
-    save(figure, HERE / "figures" / f"{memory}.svg")
+    return save(figure, HERE / "figures" / f"{memory}.svg")
 
 
 def written(changes, file):
@@ -248,13 +248,13 @@ def written(changes, file):
                 color=LOOK["armt"][0])
     axis.set(xlim=(0, len(changes) + 1), ylim=(0, None), xlabel="segment", ylabel="change of the memory",
              title=f"{sum(size > 0 for size in changes):,} of {len(changes):,} segments wrote")
-    save(figure, file)
+    return save(figure, file)
 
 
 if __name__ == "__main__":
     with one_line_errors("figures.py"):
         (HERE / "figures").mkdir(exist_ok=True)
         for draw in (pairs, words, forget, curve, capacity):
-            draw()
+            print(draw())
         for memory in ("rmt", "armt", "fam", "lm2"):
-            page(memory)
+            print(page(memory))

@@ -44,7 +44,7 @@ def main():
     with one_line_errors("publish.py"):
         args.target.mkdir(parents=True, exist_ok=True)
         if args.weights:
-            if (args.target / "ckpt.pt").exists():
+            if any((args.target / name).exists() for name in ("ckpt.pt", "config.json")):
                 raise ValueError(f"{args.target} holds a run already; choose another folder")
             from train import load, save                     # needs torch; the rest of this file does not
             config, model, _ = load(args.source)

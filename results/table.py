@@ -32,7 +32,7 @@ def read_runs(folder):
                 rows = read_rows(path.parent)
                 of = lambda kind: [row for row in rows if row["kind"] == kind]
                 run = dict(config=run, eval=of("eval"), final=(of("final") or [None])[-1], curve=of("train"))
-            name = path.parent.name if path.name == "config.json" else path.stem
+            name = path.parent.resolve().name if path.name == "config.json" else path.stem
             name = re.sub(r"-?seed\d+$", "", name) or name
             kind = lambda row: json.dumps(row["cell"] | dict(n=0))
             last = {kind(row): row for row in sorted(run["eval"], key=lambda row: row["n"])}
@@ -116,7 +116,11 @@ def main():
     parser.add_argument("folders", nargs="+", help="folders of runs, or of published results")
     args = parser.parse_args()
     with one_line_errors("table.py"):
-        print("\n".join(tables([run for folder in args.folders for run in read_runs(folder)])))
+        found = {}                                     # folders may have runs of one name, and come twice
+        for folder in args.folders:
+            found[Path(folder).resolve()] = [(f"{folder}/{name}" if len(args.folders) > 1 else name, run)
+                                             for name, run in read_runs(folder)]
+        print("\n".join(tables(sum(found.values(), []))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """
 Evaluate a run on texts of a million words and more, one after another: segments that leave the memory as it
-is are read side by side, and not read again by the same memory (sample.read_fast). The answers are those of
-train.py, of a memory that blank segments leave as it is.
+is are read side by side, and not read again by the same memory (sample.read_fast). train.py reads the shorter
+texts of a batch behind blank segments, as in training, so a few answers may differ (of the shipped model, one
+of 200 questions of qa3 without other text).
 
     python results/babilong/long.py --out_dir data/pretrained --babi_dir data/babi \\
         --eval_text data/novels/*.txt --eval_lengths 1M,10M,50M --eval_samples 100,10,4

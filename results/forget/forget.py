@@ -38,6 +38,8 @@ def read_on(folder, book):
     rows, most = 50, 2 ** 14
     c, model, _ = train.load(folder)
     task, dice, T = make_task(c), random.Random("silent"), c.segment_len
+    if task.kind != "qa":
+        raise ValueError(f"{folder}: {c.task} is not told anything")
     stories = [task.story(dice, "qa1", 6) for _ in range(rows)]
     told = torch.from_numpy(segments([sum(task.tell(facts, task.align), []) for facts, _ in stories], T))
     text = torch.from_numpy(segments([task.words.pad(task.words.encode(read_text(book)), task.align)], T)[0])
@@ -70,6 +72,8 @@ def print_table(file):
     print(f"{'rule':11}{'ablate':9}{'gate':13}price  seeds" + "".join(f"{n:13,}" for n in points)
           + "    moved    wrote")
     for kind, at in kinds.items():
+        if points[-1] not in at:
+            raise ValueError(f"{file}: {' '.join(kind)} ends before {points[-1]:,} segments")
         moved, wrote = (statistics.median(row[x] for row in at[points[-1]]) for x in ("moved", "wrote"))
         print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}"
               + "".join(mean_of(at[n]).rjust(13) for n in points)
@@ -78,10 +82,10 @@ def print_table(file):
 
 if __name__ == "__main__":
     with one_line_errors("forget.py"):
-        if len(sys.argv) < 2:
-            sys.exit(__doc__)
-        if sys.argv[1].endswith(".jsonl"):
+        if sys.argv[1:] and sys.argv[1].endswith(".jsonl"):
             sys.exit(print_table(sys.argv[1]))
+        if len(sys.argv) < 3:
+            sys.exit(__doc__)
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         for path in sorted(Path(sys.argv[1]).glob("**/config.json")):
