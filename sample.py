@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)                           # as in train.py
@@ -35,7 +35,7 @@ from armt import state_floats, state_map, tensors
 from data import numbers
 from data.babilong import MARKS
 from data.files import one_line_errors, write_atomically
-from train import Parser, answer, changes, file_name, load, make_task, pick_device
+from train import Parser, answer, changes, load, make_task, pick_device
 
 MOST_QUIET = 100_000                # segments known not to write; the set is emptied when it is larger
 AHEAD = 64                          # segments read side by side, at most
@@ -211,8 +211,8 @@ def try_to_write(flag, file, write):
     try:
         if Path(file).is_dir():
             raise IsADirectoryError("it is a folder")
-        with NamedTemporaryFile(suffix=Path(file).name, dir=Path(file).parent) as trial:
-            write(trial.name)
+        with TemporaryDirectory(dir=Path(file).parent) as folder:
+            write(Path(folder, Path(file).name))
     except (OSError, ValueError) as e:
         raise ValueError(f"--{flag}: cannot write {file}: {getattr(e, 'strerror', None) or e}") from None
 
@@ -286,8 +286,8 @@ def make_parser():
                         help="qa: none starts a conversation")
     parser.add_argument("--written", nargs="?", const="", metavar="FILE.png", help="qa: which segments wrote")
     parser.add_argument("--json", action="store_true", help="qa: answers as JSON, one object a line")
-    parser.add_argument("--save_state", type=file_name, metavar="FILE", help="qa: keep the memory in a file")
-    parser.add_argument("--load_state", type=file_name, metavar="FILE", help="qa: begin with one from a file")
+    parser.add_argument("--save_state", type=Path, metavar="FILE", help="qa: keep the memory in a file")
+    parser.add_argument("--load_state", type=Path, metavar="FILE", help="qa: begin with a memory from a file")
     return parser
 
 

@@ -93,13 +93,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")        # one line, which names the flag
 
 
-def file_name(text):
-    """A type for argparse: what a variable of the shell that is not set leaves empty is no name."""
-    if not text:
-        raise argparse.ArgumentTypeError("a name is missing")
-    return text
-
-
 def comma_list(kind):
     """A type for argparse: one value, or several with commas between them."""
     convert = lambda text: [kind(part) for part in text.split(",")]
@@ -116,8 +109,7 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
                         ["memories, the options they have, and words for --ablate (joined by +):", *about]))
     source = parser.add_mutually_exclusive_group()       # a model is evaluated as it was trained
-    source.add_argument("--like", metavar="RUN", type=file_name,
-                        help="settings of a run: folder or results file")
+    source.add_argument("--like", metavar="RUN", type=Path, help="settings of a run: folder or results file")
     source.add_argument("--eval_only", action="store_true", help="evaluate the run in --out_dir")
     group = parser.add_argument_group("the model")
     heads = dict(task="the task", stage_steps="training", eval_lengths="evaluation", device="the machine")
