@@ -213,7 +213,7 @@ def try_to_write(flag, file, write):
             raise IsADirectoryError("it is a folder")
         with TemporaryDirectory(dir=Path(file).parent) as folder:
             write(Path(folder, Path(file).name))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, ImportError) as e:
         raise ValueError(f"--{flag}: cannot write {file}: {getattr(e, 'strerror', None) or e}") from None
 
 
