@@ -126,7 +126,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
     values = [[value] if name in LISTS else value for name, value in given.items()]
-    return like or "", eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
+    return like, eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
 def grid(like, runs):
@@ -145,7 +145,7 @@ def grid(like, runs):
             setattr(c, name, None)
         words = "task", "memory", "ablate"
         shown = chosen if like else dict(task=c.task, memory=c.memory) | chosen
-        name = [Path(like).resolve().name.removesuffix(".json").rsplit("-seed", 1)[0]] * bool(like)
+        name = [like.resolve().name.removesuffix(".json").rsplit("-seed", 1)[0]] if like else []
         name += [flag * (flag not in words) + Path(str(value)).name for flag, value in shown.items()
                  if flag in {*words, *varied} - {"seed"}]
         if varied or not c.out_dir:
@@ -471,7 +471,8 @@ def evaluate(c, model, task, device, answer=answer):
                    seconds=round(time.time() - began, 2),
                    accuracy=round(np.mean(correct), 5) if correct else None)
         add_row(c.out_dir, kind="eval", **row)
-        done, example = [*done, row], ""
+        done.append(row)
+        example = ""
         if correct:
             end = np.concatenate(questions[-1].context[-2:])[-20:]      # two pieces, the last may be blank
             example = f"  ...{task.show([*end, *questions[-1].question])[-60:]} -> {task.show(said[-1])}"
@@ -545,7 +546,8 @@ def main(argv=None, answer=answer):
         usual = torch.get_num_threads()
         if WORLD > 1 and (eval_only or len(configs) > 1):
             raise ValueError("torchrun trains one run; evaluate, or train a grid, without it")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
         for c in configs:
             torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
             try:

@@ -111,16 +111,16 @@ def tables(runs):
 
 
 def main():
+    """The program."""
     parser = argparse.ArgumentParser(prog="python results/table.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders of runs, or of published results")
     args = parser.parse_args()
     with one_line_errors("table.py"):
-        found = {}                                     # folders may have runs of one name, and come twice
-        for folder in args.folders:
-            found[Path(folder).resolve()] = [(f"{folder}/{name}" if len(args.folders) > 1 else name, run)
-                                             for name, run in read_runs(folder)]
-        print("\n".join(tables(sum(found.values(), []))))
+        folders = {Path(folder).resolve(): folder for folder in args.folders}     # each counts once
+        runs = [(f"{folder}/{name}" if len(folders) > 1 else name, run)          # two may have one name
+                for folder in folders.values() for name, run in read_runs(folder)]
+        print("\n".join(tables(runs)))
 
 
 if __name__ == "__main__":
