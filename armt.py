@@ -260,7 +260,7 @@ class BSWA(Layered):
 # ------------------------------------------------------------------------------------------------------------
 # rmt: the Recurrent Memory Transformer (Bulatov et al. 2022, section 3, decoder form).
 #
-#   A segment is read between two copies of the memory. Its tokens see the copy in front; the copy behind sees
+#   A segment is read between two copies of the memory. Its tokens see the first copy; the second copy sees
 #   the tokens, and what it has become at the top is the memory of the next segment.
 #
 #       [read; h; write] = Transformer([mem_s; x_s; mem_s])        mem_{s+1} = write
@@ -304,7 +304,7 @@ class RMT(Layered):
         return h[:, M:-M], new.detach() if "stop_gradient" in self.blocks[0].ablate else new
 
     def ask(self, x, mem):
-        """A question x (B, T, C) behind one copy, mem (B, M, C) -> h (B, T, C), the same mem"""
+        """A question x (B, T, C) after one copy, mem (B, M, C) -> h (B, T, C), the same mem"""
         return self.transform(mem, x)[:, mem.size(1):], mem
 
 
@@ -312,7 +312,7 @@ class RMT(Layered):
 # armt: the Associative Recurrent Memory Transformer (Rodkin et al. 2024, section 2, eqs. 1-4).
 #
 #   Each layer owns a matrix A that answers "what belongs to this key?". All tokens query it before the
-#   layer; M memory tokens behind the segment write to it after the layer. To write is to correct: only what A
+#   layer; M memory tokens after the segment write to it after the layer. To write is to correct: only what A
 #   does not yet answer is added (the delta rule), so with beta = 1 a key keeps its last value. z adds up the
 #   keys, so that an answer q A / (q . z) is a weighted mean of values.
 #
@@ -406,7 +406,7 @@ class ARMTBlock(Block):
 
 
 class ARMT(Layered):
-    """Blocks that remember, and the memory tokens (M, C) that every segment ends with, but not a question."""
+    """Blocks that remember, and the memory tokens (M, C) at the end of every segment; a question has none."""
     block, ablations = ARMTBlock, ("no_gamma", "no_delta", "gated_z")
     options = dict(n_mem=4, d_mem=16, nu=3, rule="published", gate="sigmoid", mem_layers=0)
 
@@ -657,7 +657,7 @@ class GPT(nn.Module):
         self.memory = MEMORIES[config.memory](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, module in self.named_modules():
-            # differs: GPT-2 draws with 0.02 at its width of 768, which would be far too little here.
+            # differs: GPT-2 draws weights with a deviation of 0.02 at width 768, too little here.
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
                 if module.bias is not None:

@@ -8,8 +8,8 @@ Use a trained model: tell it facts, let it read a book, ask.
     python sample.py --load_state book.pt --ask "..."         ... ask tomorrow
     python sample.py --out_dir out/remember-armt-seed0        recall, passkey: samples, answers, the truth
 
-Facts are told first, then files are read, then questions are asked. Whatever its length, what was read is
-kept in one state of fixed size; a question is answered from that state alone and leaves it as it was. The
+Facts are told first, then files are read, then questions are asked. What was read is kept in one state, whose
+size is fixed (unless the memory is `full`); a question is answered from it alone and leaves it as it was. The
 model knows bAbI's sentences in bAbI's words, each with a full stop: who goes where, gets, drops and gives
 what, and which place lies north, south, east or west of which. It does not understand pronouns, exclamation
 marks or other names.

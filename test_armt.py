@@ -1185,6 +1185,14 @@ def test_the_price_is_zero_where_nothing_changes_and_else_the_documented_sum():
     assert_close(new, model(torch.from_numpy(batch.context).flatten(1), state=state)[2], 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("memory, low, high", [("armt", 0.97, 1.01), ("none --stage_steps 60", 0, 0.15)])
+def test_armt_learns_four_pairs_from_scratch_and_none_does_not(memory, low, high, tmp_path):
+    run(f"train --memory {memory} --n_layer 1 --stages 4,4 --last_steps 50 --eval_lengths 4 "
+        f"--eval_samples 1000 --device cpu --out_dir {tmp_path}")
+    assert low < rows_of(tmp_path, "eval")[0]["accuracy"] < high                        # chance is 1/16
+
+
 @pytest.mark.parametrize("extra", [
     "--muon_lr 0", "--memory fam --window 1 --pass_state 0.5",
     f"--task qa2+qa4 --stages 2/0,4/40 --price 0.1 --pass_state 0.5 --background {TOP}/README.md"])
@@ -1486,7 +1494,7 @@ def test_a_download_is_checked_and_continues_where_it_broke_off(tmp_path, monkey
     server.shutdown()
 
 
-# --- 6. What is shipped, the README, and learning itself ----------------------------------------------------
+# --- 6. What is shipped, and the README ---------------------------------------------------------------------
 
 def test_the_shipped_memory_answers_all_five_kinds_of_question_and_says_what_it_does_not_know(capsys):
     assert sum(path.stat().st_size for path in sample.PRETRAINED.iterdir()) < 1_000_000
@@ -1563,11 +1571,3 @@ def test_a_length_that_was_asked_twice_counts_once_with_its_larger_sample(tmp_pa
     final = dict(parameters=1, state_floats=1, seconds=60, learned=True, stage="2")
     (tmp_path / "a.json").write_text(json.dumps(dict(config=config, final=final, eval=rows, curve=[])))
     assert table.tables(table.read_runs(tmp_path))[2].split()[-1] == "50.0"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("memory, low, high", [("armt", 0.97, 1.01), ("none --stage_steps 60", 0, 0.15)])
-def test_armt_learns_four_pairs_from_scratch_and_none_does_not(memory, low, high, tmp_path):
-    run(f"train --memory {memory} --stages 2,4 --last_steps 50 --eval_lengths 4 --eval_samples 1000 "
-        f"--device cpu --out_dir {tmp_path}")
-    assert low < rows_of(tmp_path, "eval")[0]["accuracy"] < high                        # chance is 1/16

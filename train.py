@@ -9,7 +9,7 @@ Train a small GPT with a memory, on tasks that cannot be done without one.
     python train.py --like results/armt/rule/rewrite-armt-nothing-seed0.json    the settings of another run
 
 A run is a curriculum. It begins with the easiest stage and advances when a stage is learned; in the last one
-the learning rate falls to zero. Then the model is evaluated, often beyond the lengths of training. A run has
+the learning rate falls to zero. Then the model is evaluated, often beyond the training lengths. A run has
 a folder, with config.json, ckpt.pt and metrics.jsonl. If it is interrupted, the same command continues it,
 with exactly the numbers of an uninterrupted run.
 """
@@ -317,7 +317,8 @@ def compiled(model, c):
     """With --compile, give `model` compiled code for segments of full batches; others run as usual."""
     if not c.compile:
         return
-    shapes = {(c.batch_size // WORLD, c.segment_len >> i) for i in range(8 if c.align else 1)}   # (rows, T)
+    grown = {stage[2] for stage in numbers("stages", c.stages) if len(stage) == 3}
+    shapes = {(c.batch_size // WORLD, T) for T in {c.segment_len, c.align or c.segment_len, *grown}}
     warnings.filterwarnings("ignore", module="torch._dynamo")
     usual, on_gpu = model.memory.forward, model.lm_head.weight.is_cuda
     fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None)
@@ -504,7 +505,7 @@ def one_run(c):
         progress |= checkpoint["progress"]
         if progress["state"] is not None:
             progress["state"] = state_map(lambda s: s.to(device), progress["state"])
-        if not progress["done"]:                                 # what it could do halfway is no result
+        if not progress["done"]:                                 # an evaluation made halfway is no result
             rows = [row for row in rows if row["kind"] == "train" and row["step"] <= progress["step"]]
             print(f"{folder}: continues at step {progress['step']}")
     elif rows:
@@ -524,7 +525,7 @@ def one_run(c):
     if WORLD > 1:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     trained = progress["done"] or train(c, model, task, device, optimizers, progress)
-    if WORLD > 1:                # once one has left, torchrun stops the others: not before all is saved
+    if WORLD > 1:                # torchrun stops all once one leaves: wait until all is saved
         distributed.barrier()
         distributed.destroy_process_group()
     if not trained:

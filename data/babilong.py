@@ -61,7 +61,7 @@ class Words:
     @staticmethod
     def pad(ids, align, offset=0):
         """
-        The ids, with blanks behind each sentence up to the next multiple of `align`, if that is not 0;
+        The ids, with blanks after each sentence up to the next multiple of `align`, if that is not 0;
         `offset` ids stand before them. differs: the papers cut their text anywhere, which is harder for a
         small model.
         """
@@ -153,8 +153,8 @@ class Background:
 
     def runs(self, rng, n_words):
         """
-        Exactly n_words words of text as (first, last, stop): whole sentences first..last-1, of which the last
-        is cut at token `stop`. The text is entered at a random sentence and goes round: no sentence is read
+        Exactly n_words words of text as (first, last, stop): sentences first..last-1, of which the last is
+        cut at token `stop`. The text is entered at a random sentence and goes round: no sentence is read
         twice before all are read once.
         """
         first = int(rng.integers(len(self.begin) - 1))

@@ -1,6 +1,6 @@
 """
 Associative retrieval (ARMT, appendix C; sizes and format as in the authors' scripts). Keys and values are
-written in an alphabet of 16 symbols. A value is one symbol, a key as well, or two if the stages have more
+written in an alphabet of 16 symbols. A value is one symbol; a key is one too, or two if the stages have more
 than 16 different keys. With --segment_len 4 (5 with two symbols) a pair is a segment. The question is a
 segment of its own, so that whatever is known about a pair has crossed a segment boundary:
 

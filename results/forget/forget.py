@@ -88,5 +88,8 @@ if __name__ == "__main__":
             sys.exit(__doc__)
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        for path in sorted(Path(sys.argv[1]).glob("**/config.json")):
+        runs = sorted(Path(sys.argv[1]).glob("**/config.json"))
+        if not runs:
+            raise ValueError(f"there is no run in {sys.argv[1]}")
+        for path in runs:
             read_on(path.parent, sys.argv[2])
