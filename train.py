@@ -321,7 +321,8 @@ def compiled(model, c):
     shapes = {(c.batch_size // WORLD, T) for T in {c.segment_len, c.align or c.segment_len, *grown}}
     warnings.filterwarnings("ignore", module="torch._dynamo")
     usual, on_gpu = model.memory.forward, model.lm_head.weight.is_cuda
-    fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+    fast = torch.compile(usual, dynamic=False, mode="reduce-overhead" if on_gpu else None,
+                         recompile_limit=4 * len(shapes))        # empty state or not, with gradient or not
 
     def forward(x, state):               # copies, since a CUDA graph writes its next outputs over the last
         return state_map(torch.clone, fast(x, state)) if x.shape[:2] in shapes else usual(x, state)

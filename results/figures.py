@@ -126,23 +126,19 @@ def words():
 def forget():
     """What a book does to memories of qa1: accuracy, and how far the memory has moved, against segments."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    rules = {("published", "nothing"): ("published", "#0066cc", ":"),
-             ("published", "gated_z"): ("z gated, too", "#2a9d3a", "--"),
-             ("delta", "nothing"): ("delta, no z", "#d62728", "-"),
-             ("rmt", "nothing"): ("rmt", "#444444", "-.")}
-    gates = {("sigmoid", 0): ("sigmoid", "o"), ("sigmoid", 0.01): ("sigmoid, price", "^"),
-             ("hardsigmoid", 0): ("can shut", "s"), ("hardsigmoid", 0.01): ("can shut, price", "D"),
-             ("-", 0.01): ("", "x")}                              # (gate, price)
+    kinds = {("published", "nothing", "sigmoid", 0): ("as published", "#0066cc", ":", "o"),
+             ("published", "nothing", "hardsigmoid", 0.01): ("gate that can shut, and a price", "#0066cc",
+                                                             "-.", "^"),
+             ("published", "gated_z", "hardsigmoid", 0.01): ("the same, z gated", "#2a9d3a", "--", "s"),
+             ("delta", "nothing", "hardsigmoid", 0.01): ("the same, no z (delta)", "#d62728", "-", "D")}
     rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
-    for rule, (rule_name, colour, dashes) in rules.items():
-        for gate, (gate_name, marker) in gates.items():
-            mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"]) == (*rule, *gate)]
-            for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)) if mine else ():
-                cells = {}
-                for row in mine:
-                    cells.setdefault(row["segments"] or 0.5, []).append(scale * row[field])
-                line(axis, cells, color=colour, linestyle=dashes, marker=marker, markersize=5,
-                     label=f"{rule_name}; {gate_name}".strip("; "))
+    for kind, (label, colour, dashes, marker) in kinds.items():
+        mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"]) == kind]
+        for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)):
+            cells = {}
+            for row in mine:
+                cells.setdefault(row["segments"] or 0.5, []).append(scale * row[field])
+            line(axis, cells, color=colour, linestyle=dashes, marker=marker, markersize=5, label=label)
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.5, 16, 256, 4096, 16384], ["0", "16", "256", "4k", "16k"])
