@@ -132,21 +132,19 @@ def against_authors(device):
     made, idx = models("recall", device, ["armt", "none"])
     again, _ = models("recall", device, ["armt"])                        # the same seed, so the same weights
     again["armt"].memory.forward = torch.compile(again["armt"].memory.forward, dynamic=False)
-    n_segments = SIZES["recall"][2]
-    made["none"].config.segment_len += made["armt"].config.n_mem
-    more = idx.repeat(1, 2)[:, :n_segments * made["none"].config.segment_len]
+    T, M = made["armt"].config.segment_len, made["armt"].config.n_mem
+    made["none"].config.segment_len = T + M
+    more = idx.repeat(1, 2)[:, :idx.size(1) // T * (T + M)]              # as many segments of T + M tokens
+    targets = torch.full_like(more, -1)
+    targets[:, -1] = more[:, -1]
     works = dict(theirs=(Authors(made["armt"]), idx), ours=(made["armt"], idx),
                  compiled=(again["armt"], idx), limit=(made["none"], more))
     few = idx[:, :18]                      # at initialisation differences of rounding grow with the segments
     assert torch.allclose(made["armt"](few)[0], works["theirs"][0](few)[0][:, -1:], atol=1e-2)
-
-    def train(model, idx):
-        targets = torch.full_like(idx, -1)
-        targets[:, -1] = idx[:, -1]
-        model(idx, targets)[1].backward()
     with torch.no_grad():
         reading = medians({name: lambda m=m, x=x: m(x) for name, (m, x) in works.items()})
-    training = medians({name: lambda m=m, x=x: train(m, x) for name, (m, x) in works.items()})
+    training = medians({name: lambda m=m, x=x: m(x, targets[:, -x.size(1):])[1].backward()
+                        for name, (m, x) in works.items()})
     for what, times in (("reading", reading), ("training", training)):
         print(f"{what}: theirs {1000 * times['theirs']:.0f} ms; times as fast: "
               + ", ".join(f"{name} {times['theirs'] / times[name]:.2f}" for name in [*works][1:]))
