@@ -1516,26 +1516,28 @@ def test_the_shipped_memory_answers_all_five_kinds_of_question_and_says_what_it_
     assert "weights only" in fails(capsys, line)
 
 
-def test_every_command_of_the_readme_parses(monkeypatch):
+def test_every_command_of_the_readme_parses_and_those_of_a_page_have_the_settings_of_its_rows(monkeypatch):
     """Those of train.py and sample.py, in the README and in results/."""
     monkeypatch.chdir(TOP)
-    found = []
-    for path in [TOP / "README.md", *(TOP / "results").rglob("*.md")]:
-        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        found += re.findall(r"python (train|sample)\.py(.*?)(?:`|#|&&|;|$)", text, re.M)
-    assert len(found) > 10
-    for program, argv in found:
-        if program == "sample":
-            sample.make_parser().parse_args(shlex.split(argv))
-        elif "--help" not in argv:
-            like, eval_only, runs = train.parse(shlex.split(argv))
-            for chosen in runs:
-                for name in chosen.keys() & {"background", "eval_text", "babi_dir"}:      # downloads
-                    chosen.pop(name)
-            if like:
-                assert Path(like).exists(), like
-            elif not eval_only:
-                train.grid(like, runs)
+    files = ("background", "eval_text", "babi_dir")                        # downloads: they may not be here
+    free, found = {*train.FREE, "seed", "vocab"}, 0
+    for page in [TOP / "README.md", *(TOP / "results").rglob("*.md")]:
+        rows = [json.loads(path.read_text())["config"] for path in page.parent.rglob("*seed*.json")]
+        text = page.read_text(encoding="utf-8")
+        for program, argv in re.findall(r"python (train|sample)\.py(.*?)(?:`|#|&&|;|$)", text, re.M):
+            found += 1
+            if program == "sample":
+                sample.make_parser().parse_args(shlex.split(argv))
+            elif "--help" not in argv:
+                like, eval_only, runs = train.parse(shlex.split(argv))
+                given = [{name: chosen.pop(name) for name in files if name in chosen} for chosen in runs][0]
+                if like:
+                    assert Path(like).exists(), like
+                for c in train.grid(None, runs) if not like and not eval_only else ():
+                    asked = {**vars(c), **given}
+                    assert page.parent == TOP or any(
+                        all(row[k] == asked[k] for k in row.keys() & asked.keys() - free) for row in rows), c
+    assert found > 10
 
 
 def test_links_into_armt_point_at_the_headings_of_memories():

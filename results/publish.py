@@ -23,9 +23,14 @@ def thin(curve):
     return [row for i, row in enumerate(curve) if i in keep]
 
 
+def portable(files):
+    """Names of files as they were given, or without their folder if that is a place on this machine."""
+    return [Path(file).name if Path(file).is_absolute() else file for file in files]
+
+
 def as_text(run):
     """One JSON object, a line for each setting, row and point."""
-    config = {k: [Path(x).name for x in v] if k in ("background", "eval_text") else v
+    config = {k: portable(v) if k in ("background", "eval_text") else v
               for k, v in run["config"].items() if k not in MACHINE}
     part = lambda rows: "[\n" + ",\n".join(
         f"  {json.dumps({k: v for k, v in row.items() if k != 'kind'})}" for row in rows) + "]"
@@ -50,7 +55,7 @@ def main():
             config, model, _ = load(args.source)
             for name in MACHINE:
                 setattr(config, name, getattr(type(config), name))
-            config.background, config.eval_text = [Path(file).name for file in config.background], []
+            config.background, config.eval_text = portable(config.background), []
             save(args.target, config, model={name: p.half() for name, p in model.state_dict().items()})
             print(f"{args.target}: {sum(p.stat().st_size for p in args.target.iterdir()):,} bytes")
         else:

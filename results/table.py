@@ -15,6 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.files import one_line_errors, read_rows                        # noqa: E402
 
+# settings that may differ between the seeds of a line
+FREE = ("seed", "out_dir", "device", "dtype", "threads", "compile", "babi_dir", "eval_lengths", "eval_samples",
+        "eval_text")
+
 
 def read_runs(folder):
     """
@@ -93,11 +97,14 @@ def tables(runs):
             final = [run["final"] for run in mine]
             label = f"{name} {kind.get('part', '')}" + "".join(f" {k} {kind.get(k)}" for k in differ)
             stuck = [f["stage"] for f in final if not f["learned"]]
+            unlike = [k for k, value in mine[0]["config"].items()
+                      if k not in FREE and any(run["config"].get(k, value) != value for run in mine)]
             floats = "grows" if mine[0]["config"]["memory"] == "full" else f"{final[0]['state_floats']:,}"
             lines.append([label, str(len(mine)), f"{final[0]['parameters']:,}", floats,
                           f"{statistics.mean(f['seconds'] for f in final) / 60:.1f}",
                           *(mean_of(cells.get(length, [])) for length in lengths),
-                          f"  (not learned: stage {', '.join(stuck)})" if stuck else ""])
+                          f"  (not learned: stage {', '.join(stuck)})" * bool(stuck)
+                          + f"  (unlike: {', '.join(unlike)})" * bool(unlike)])
             if task.startswith(("qa", "babilong")):
                 lines.append(["  95% interval", "", "", "", "",
                               *(interval(cells.get(length, [])) for length in lengths), ""])
