@@ -224,7 +224,7 @@ def reply(reader, question, as_json):
     names, shares = [reader.words.name(i) for i in best.tolist()], [round(p, 4) for p in probability.tolist()]
     if as_json:
         print(json.dumps(dict(question=question, answer=names[0], probability=shares[0],
-                              alternatives=dict(zip(names[1:], shares[1:])), words_read=reader.words_read,
+                              alternatives=list(zip(names[1:], shares[1:])), words_read=reader.words_read,
                               state_floats=state_floats(reader.state))))
     else:
         others = ", ".join(f"{name} {share:.1%}" for name, share in zip(names[1:], shares[1:]))
