@@ -688,7 +688,7 @@ def parse(fact):
 
 
 def describe(stories):
-    """What section 8 of our notes counted in the published files: {name: number}, shares in per cent."""
+    """What MEASURED has of the published files, of any stories: {name: number}, shares in per cent."""
     seen = defaultdict(list)                      # name, in which {} stands for what was counted -> all of it
     for story in stories:
         events = {n: parse(line.text) for n, line in enumerate(story, start=1) if line.answer is None}

@@ -12,6 +12,8 @@ A run is a curriculum. It begins with the easiest stage and advances when a stag
 the learning rate falls to zero. Then the model is evaluated, often beyond the training lengths. A run has
 a folder, with config.json, ckpt.pt and metrics.jsonl. If it is interrupted, the same command continues it,
 with exactly the numbers of an uninterrupted run.
+
+Defaults of flags are in brackets; a task has its own in place of some (TASKS, in its file in data/).
 """
 import argparse
 import inspect
