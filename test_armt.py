@@ -1573,9 +1573,12 @@ def test_the_memory_in_the_readme_trains_and_can_be_used(tmp_path, monkeypatch, 
     assert rows_of(tmp_path / "run", "final") and capsys.readouterr().out.count(" -> ") == 1 + 5
 
 
-def test_a_length_that_was_asked_twice_counts_once_with_its_larger_sample(tmp_path):
+def test_a_length_that_was_asked_twice_counts_once_and_seeds_with_other_settings_are_named(tmp_path):
     rows = [dict(cell=dict(length=2, n=n), n=n, left_out=0, accuracy=a) for n, a in ((9, 0.5), (8, 1.0))]
-    config = dict(task="remember", memory="armt")
     final = dict(parameters=1, state_floats=1, seconds=60, learned=True, stage="2")
-    (tmp_path / "a.json").write_text(json.dumps(dict(config=config, final=final, eval=rows, curve=[])))
-    assert table.tables(table.read_runs(tmp_path))[2].split()[-1] == "50.0"
+    for seed, lr in enumerate((1, 1, 2)):
+        config = dict(task="remember", memory="armt", seed=seed, lr=lr)
+        (tmp_path / f"a-seed{seed}.json").write_text(
+            json.dumps(dict(config=config, final=final, eval=rows, curve=[])))
+        line = table.tables(table.read_runs(tmp_path))[2]
+        assert line.split()[1] == str(seed + 1) and " 50.0" in line and line.endswith("(unlike: lr)") == (lr == 2)

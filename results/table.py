@@ -85,7 +85,10 @@ def cells_of(runs):
 
 
 def tables(runs):
-    """The lines of a table for each task; parts of bAbI have a line each, and one with the 95% interval."""
+    """
+    The lines of a table for each task; parts of bAbI have a line each, and one with the 95% interval. Settings
+    in which the runs of a line differ, though only their seeds should, are named behind it.
+    """
     out = []
     for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
         found = cells_of([(name, run) for name, run in runs if run["config"]["task"] == task])
