@@ -1336,7 +1336,7 @@ def test_a_compiled_run_learns_what_the_usual_one_learns_in_segments_of_all_leng
     """Torch keeps eight versions of a function if it is not told otherwise, and then runs it uncompiled."""
     compiler, compiled = torch.compile, []
 
-    def backend(graph, inputs):                                            # what torch would compile, as it is
+    def backend(graph, inputs):                                  # runs what it was given, uncompiled
         compiled.extend(x.shape for x in inputs)
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
@@ -1581,4 +1581,5 @@ def test_a_length_that_was_asked_twice_counts_once_and_seeds_with_other_settings
         (tmp_path / f"a-seed{seed}.json").write_text(
             json.dumps(dict(config=config, final=final, eval=rows, curve=[])))
         line = table.tables(table.read_runs(tmp_path))[2]
-        assert line.split()[1] == str(seed + 1) and " 50.0" in line and line.endswith("(unlike: lr)") == (lr == 2)
+        assert line.split()[1] == str(seed + 1) and " 50.0" in line
+        assert line.endswith("(unlike: lr)") == (lr == 2)

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.files import one_line_errors, read_rows                        # noqa: E402
 
 # settings that may differ between the seeds of a line
-FREE = ("seed", "out_dir", "device", "dtype", "threads", "compile", "babi_dir", "eval_lengths", "eval_samples",
-        "eval_text")
+FREE = ("seed", "out_dir", "device", "dtype", "threads", "compile", "babi_dir", "eval_text", "eval_lengths",
+        "eval_samples")
 
 
 def read_runs(folder):
@@ -86,8 +86,8 @@ def cells_of(runs):
 
 def tables(runs):
     """
-    The lines of a table for each task; parts of bAbI have a line each, and one with the 95% interval. Settings
-    in which the runs of a line differ, though only their seeds should, are named behind it.
+    The lines of a table for each task; parts of bAbI have a line each, and one with the 95% interval.
+    Settings in which the runs of a line differ, though only their seeds should, are named behind it.
     """
     out = []
     for task in dict.fromkeys(run["config"]["task"] for _, run in runs):
