@@ -22,7 +22,8 @@ def read_text(file):
             raise ValueError(f"{file} is not a file with text")         # a folder, or a device without end
         text = Path(file).read_bytes().decode("utf-8-sig")
     except OSError as e:
-        raise ValueError(f"cannot read {file}: {e.strerror}") from None
+        fetch = "python -m data.download fetches books and novels"
+        raise ValueError(f"cannot read {file}: {e.strerror} ({fetch})") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not UTF-8 text (byte {e.start})") from None
     if not text.strip():
