@@ -31,7 +31,7 @@ def portable(files):
 def as_text(run):
     """One JSON object, a line for each setting, row and point."""
     config = {k: portable(v) if k in ("background", "eval_text") else v
-              for k, v in run["config"].items() if k not in MACHINE}
+              for k, v in run["config"].items() if k not in (*MACHINE, "vocab")}
     part = lambda rows: "[\n" + ",\n".join(
         f"  {json.dumps({k: v for k, v in row.items() if k != 'kind'})}" for row in rows) + "]"
     return (f'{{"config": {json.dumps(config)},\n "final": {json.dumps(run["final"])},\n'
