@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from armt import GPT, MEMORIES, OPTIONAL, GPTConfig, checked, state_floats, state_map, tensors
 from data import chunks, fill, find, generator, make_task, numbers
-from data.files import (RANK, add_row, one_line_errors, only_user, read_rows, read_text, write_atomically,
-                        write_rows)
+from data.files import (FREE, RANK, add_row, one_line_errors, only_user, read_rows, read_text,
+                        write_atomically, write_rows)
 
 
 @dataclass
@@ -77,8 +77,6 @@ class Config(GPTConfig):
     out_dir: str = ""               # folder of the run, or of a grid; out/TASK-MEMORY-seedN if left out
 
 
-FREE = ("eval_lengths", "eval_samples", "eval_text", "babi_dir", "device", "dtype", "compile", "threads",
-        "out_dir")                               # what may change when a run is continued
 EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may change in an evaluation
 LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")      # their commas make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)

@@ -13,6 +13,8 @@ except ImportError:          # Windows has none; there, nothing keeps two proces
     fcntl = None
 
 RANK = int(os.environ.get("RANK", 0))        # set by torchrun; of several processes, 0 writes
+FREE = ("eval_lengths", "eval_samples", "eval_text", "babi_dir", "device", "dtype", "compile", "threads",
+        "out_dir")              # settings that may change when a run is continued, or differ between seeds
 
 
 def read_text(file):

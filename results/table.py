@@ -13,11 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.files import one_line_errors, read_rows                        # noqa: E402
-
-# settings that may differ between the seeds of a line
-FREE = ("seed", "out_dir", "device", "dtype", "threads", "compile", "babi_dir", "eval_text", "eval_lengths",
-        "eval_samples")
+from data.files import FREE, one_line_errors, read_rows                  # noqa: E402
 
 
 def read_runs(folder):
@@ -101,7 +97,8 @@ def tables(runs):
             label = f"{name} {kind.get('part', '')}" + "".join(f" {k} {kind.get(k)}" for k in differ)
             stuck = [f["stage"] for f in final if not f["learned"]]
             unlike = [k for k, value in mine[0]["config"].items()
-                      if k not in FREE and any(run["config"].get(k, value) != value for run in mine)]
+                      if k not in (*FREE, "seed")
+                      and any(run["config"].get(k, value) != value for run in mine)]
             floats = "grows" if mine[0]["config"]["memory"] == "full" else f"{final[0]['state_floats']:,}"
             lines.append([label, str(len(mine)), f"{final[0]['parameters']:,}", floats,
                           f"{statistics.mean(f['seconds'] for f in final) / 60:.1f}",
