@@ -1,14 +1,17 @@
 """
 A small GPT that reads text segment by segment, with seven choices of what to carry from one to the next.
 
-    memory  carried from one segment to the next     who writes it               cost / C, a layer
+    memory  carried from one segment to the next     who writes it               cost
     none    nothing                                  -                           T^2
     full    keys and values of the whole past        every token, every layer    T (P + T)
     bswa    keys and values of the last W segments   every token, every layer    T (W + 1) T
     rmt     M vectors, one set for the model         the last layer              (T + 2M)^2
-    armt    a matrix A (and z) in each layer         memory tokens, every layer  (T + M)^2 + (T + M) D
-    fam     M rows in each layer                     FAM rows, every layer       (T + M) (W T + M + T)
+    armt    a matrix A (and z) in each layer         memory tokens, every layer  (T + M)^2 + (T + 3M) D / 2
+    fam     M rows in each layer (and bswa's cache)  FAM rows, every layer       (T + M) (W T + M + T)
     lm2     a bank of M slots in each layer          slots, every layer          T^2 + 2 T M
+
+Cost: multiply-adds of attention and memory, for a layer and segment, over 2 C. The linear layers of a block
+add 6 C for each token that passes through it; LM2 has 2 C more for its bank.
 
 Everything hangs on two loops and one value. Time is the loop in `GPT.forward`, one segment after another.
 Depth is the loop in `Layered.forward`, one block after another (RMT has its own: its memory goes from the top
@@ -16,7 +19,7 @@ of one segment to the bottom of the next). The memory is a value: it goes into a
 as a new `state`, and no module keeps anything for itself. So an empty memory is `state=None`, two questions
 about one book use one state twice, and `torch.save(state, file)` saves a memory.
 
-Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, rows or slots (n_mem),
+Letters:  B batch, N tokens in a call, T tokens in a segment, M memory tokens, FAM rows or slots (n_mem),
           C width (n_embd), L layers, H heads, d = C / H features of a head, W cached segments (window),
           P tokens in a cache, D features of a key after phi, V words in the vocabulary,
           R and S any number of rows, u memory tokens that write
@@ -25,8 +28,8 @@ Sources:  RMT   Bulatov, Kuratov, Burtsev 2022, arXiv 2207.06881
           ARMT  Rodkin, Kuratov, Bulatov, Burtsev 2024, arXiv 2407.04841
           FAM   Hwang, Wang, Huo, Sim, Moreno Mengibar 2024, arXiv 2404.09173
           LM2   Kang et al. 2025, arXiv 2502.06049
-          the backbone follows GPT-2, without dropout, tied embeddings and biases of linear layers, with the
-          rotary positions of Su et al. 2021, arXiv 2104.09864
+          the backbone is GPT-2 without dropout, without tied embeddings and without biases of linear layers;
+          its positions are rotary: Su et al. 2021, arXiv 2104.09864
 
 A comment that starts with `differs:` marks a departure from a paper, with its reason. To read the code, begin
 at the end, with `GPT.forward`, and then pick a memory.
@@ -58,7 +61,7 @@ class GPTConfig:
     ablate: str = "nothing"        # what to leave out or change: words of the memory, joined by +
 
 
-EMBEDDING_STD = 0.5                # embeddings and memory tokens start at the scale of a block's update
+EMBEDDING_STD = 0.5                # embeddings and memory tokens start near the scale of a block's update
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def rotary_angles(n, d, device, dtype):
 def rotary(x, start=0):
     """
     Rotate features i and i + d/2 together, by an angle that grows with the position (Su et al. 2021, eq. 34,
-    in another order of features). The product of a rotated query and a rotated key depends on their distance
+    in another order of features). Positions enter the product of a query and a key through their distance
     alone, so no learned table ties a model to a length.
     x (B, H, T, d), whose first row stands at position `start` -> (B, H, T, d)
     """
@@ -116,8 +119,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, past=None, mask=None):
         """
-        x (B, T, C), past None or (k, v) of (B, H, P, d) each, mask None (causal) or bool (T, T)
-        -> y (B, T, C), (k, v) of P + T. Keys are cached before rotation, so no cache depends on positions.
+        x (B, T, C), past None or (k, v) of (B, H, P, d) each, mask None (causal) or, where there is no past,
+        bool (T, T) -> y (B, T, C), (k, v) of P + T. Keys are cached before rotation, so no cache depends on
+        positions.
         """
         q, k, v = self.project(x)                                                 # (B, H, T, d)
         if past is not None:
@@ -183,7 +187,7 @@ class Layered(nn.Module):
         return self.ln_f(x), tuple(new)
 
     def ask(self, x, state):
-        """The same for a question, which is not to be written: blocks that have an `ask` save time"""
+        """The same for a question, which is read but not written: blocks that have an `ask` save time"""
         for block, s in zip(self.blocks, state):
             x, _ = getattr(block, "ask", block)(x, s)
         return self.ln_f(x), state
@@ -269,7 +273,7 @@ class BSWA(Layered):
 #   Memory tokens of a copy see each other both ways, as in the authors' code of 2022.
 #   ablate  one_way: they see only those before them, as in the code of 2024
 #           stop_gradient: the memory is a constant for the next segment, the paper's BPTT of depth 0
-#   Other memories stay in their layers; here segment s + 1 cannot start before s has passed all layers.
+#   Other memories stay in their layers; here segment s + 1 has to wait until s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
@@ -313,8 +317,8 @@ class RMT(Layered):
 #
 #   Each layer owns a matrix A that answers "what belongs to this key?". All tokens query it before the
 #   layer; M memory tokens after the segment write to it after the layer. To write is to correct: only what A
-#   does not yet answer is added (the delta rule), so with beta = 1 a key keeps its last value. z adds up the
-#   keys, so that an answer q A / (q . z) is a weighted mean of values.
+#   does not yet answer is added (the delta rule), so that a key that is written again keeps its last value
+#   alone, if beta = 1. z adds up the keys; division by q . z brings an answer to the size of one value.
 #
 #       read    q = phi(x W_Q)      y = q A / (q . z)      x <- x + y
 #       write   k = phi(u W_K)      v = u W_V      beta = sigmoid(u w_beta)
@@ -324,11 +328,12 @@ class RMT(Layered):
 #               z <- z + sum_i gamma_i k_i             (1e-5 is added to each q . z, k . z and |k|^2)
 #       phi     DPFP-nu: r = [relu(x), relu(-x)], phi(x) = [r * roll(r, 1), ..., r * roll(r, nu)]
 #
-#   carried: A (B, D, C), z (B, D) per layer, zero at first; D = 2 nu d_mem     cost: (T + M)^2 + (T + M) D
+#   carried: A (B, D, C), z (B, D) per layer, zero at first; D = 2 nu d_mem
+#   cost: (T + M)^2 + (T + 3M) D / 2
 #   rule    published: the equations above. delta: |phi(x)| = 1 and no z, so y = q A and vbar = k A, which is
 #           the authors' later form (`use_denom=False` in their code)
-#   gate    sigmoid as published, or hardsigmoid, relu6(x + 3) / 6: a sigmoid never reaches 0, so many
-#           unimportant segments each add a little to A and bury older content
+#   gate    sigmoid as published, or hardsigmoid, relu6(x + 3) / 6: a sigmoid never reaches 0, so every
+#           unimportant segment adds a little to A, and older content fades
 #   ablate  no_delta: vbar is 0; no_gamma: gamma is 1; gated_z: z <- z + beta gamma k, so that a gate that is
 #           shut leaves both A and z unchanged
 #   The memory tokens stand last and attention is causal: no text sees them, so the past comes through A.
@@ -354,7 +359,7 @@ class ARMTBlock(Block):
         return (A,) if self.rule == "delta" else (A, A.new_zeros(batch_size, self.D))
 
     def phi(self, x):
-        """Features >= 0 of which few overlap: (B, R, d_mem) -> (B, R, D), at least float32"""
+        """Features >= 0, of which two inputs share few: (B, R, d_mem) -> (B, R, D), at least float32"""
         r = F.relu(torch.cat((x, -x), dim=-1).to(torch.promote_types(x.dtype, torch.float32)))
         f = torch.cat([r * r.roll(j, dims=-1) for j in range(1, self.nu + 1)], dim=-1)
         return F.normalize(f, dim=-1, eps=self.eps) if self.rule == "delta" else f
@@ -383,12 +388,11 @@ class ARMTBlock(Block):
         if z is None:
             return (A,)
         # differs: the paper's gamma has no clip. Tokens of a segment that share a key all add it to z, and
-        # without the clip the next segment overcorrects (four: 4k, -8k, 28k, ...). The authors' code clips
-        # it, too, and stops its gradient. In the first segment, where z is 0, gamma is 1.
+        # without the clip the next segment overcorrects (z with four tokens of key k: 4k, -8k, 28k, ...). The
+        # authors' code clips it, too, and stops its gradient. In the first segment z is 0, and gamma is 1.
         gamma = (1 - overlap / (k.square().sum(-1, keepdim=True) + self.eps)).clamp(0, 1).detach()
-        gamma = gamma.where((z != 0).any(-1)[:, None, None], 1.0)                 # (B, M, 1)
-        if "no_gamma" in self.ablate:
-            gamma = torch.ones_like(gamma)
+        counted = (z != 0).any(-1)[:, None, None] & ("no_gamma" not in self.ablate)      # (B, 1, 1)
+        gamma = gamma.where(counted, 1.0)                                         # (B, M, 1)
         return A, z + ((beta * gamma if "gated_z" in self.ablate else gamma) * k).sum(1)
 
     def ask(self, x, state):
@@ -433,10 +437,10 @@ class ARMT(Layered):
 #       (pre-LN throughout; in the first segment a_F has no + F, since F has nothing to keep yet)
 #
 #   carried: F (B, M, C); 0 or 1 (B, 1, 1), was F ever written?; bswa's cache k, v; per layer
-#   cost: (T + M) (W T + M + T); new parameters: the prompt's M C, and as many queries with sum_fam
+#   cost: (T + M) (W T + M + T); new parameters: M C for the prompt; with sum_fam, M C more in each layer
 #   ablate  no_copy        rows have no residual around attention
 #           sum_fam        rows query with a learned vector each, and have no residual around attention
-#           stop_gradient  as in bswa: the cache, of a window of at least one segment, is a constant
+#           stop_gradient  as in bswa: the cache is a constant; needs a window of at least one segment
 #           norm_rows      rows are normalised before they are carried (not in the paper). Without it each
 #                          segment adds to them, so they grow, and what a late segment adds counts ever less
 #   The first F of the first layer is the learned prompt; that of a higher one is what the layers below make
@@ -444,6 +448,7 @@ class ARMT(Layered):
 #   positions before the segment, as queries and as keys (the paper leaves open where the queries stand).
 #   differs: the paper adds rows to a window; here it is 0 unless asked for, so that rows alone remember. The
 #   paper's random position offset is left out: rotary scores do not depend on it.
+#   differs: a short last segment changes the rows, too. Random state passing is an option of train.py.
 
 class FAMBlock(BSWABlock):
     """Rows go through it beside the tokens, with the same weights. Its state: FAM.init_state."""
@@ -501,7 +506,7 @@ class FAM(Layered):
 #
 #   Each layer owns a bank of M slots. Tokens query the bank that the segment before has left; a gate decides
 #   how much of the answer they take. Then the slots query the tokens, and as in an LSTM an input and a forget
-#   gate, with a value for each feature, decide what is written and what is kept. Both look at the bank, too.
+#   gate, with a value for each feature, decide what is written and what is kept. Both also see the bank.
 #
 #       read    E = Attention(a W_Q, bank W_K, bank W_V)          a: this layer's self-attention
 #               x <- x + a + g_out * E                            g_out = sigmoid(E W_out + b_out)
@@ -516,7 +521,8 @@ class FAM(Layered):
 #   differs: in the paper the layer's input is the query, the output gate multiplies the bank, and the input
 #   gate looks at tokens. Here a is the query (as in the published code), and gates are as written above.
 #   differs: gradient crosses segments, and tokens read what the segment before has written: the gates of the
-#   published code show a token its future (a test builds such a leak).
+#   published code show a token its future (a test builds a similar leak). So no mask is needed here.
+#   Heads and biases of gates are as in the published code; its memory MLP and norms are left out.
 
 class CrossAttention(nn.Module):
     """Each row of x looks at all rows of m, without positions and without an output projection."""
@@ -533,7 +539,7 @@ class CrossAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """sigmoid(x W_x + tanh(bank) W_bank + b): for each feature, from 0 to 1, near sigmoid(b) at first."""
+    """sigmoid(x W_x + tanh(bank) W_bank + b): from 0 to 1 for each feature, around sigmoid(b) at first."""
 
     def __init__(self, config, bias, with_bank):
         super().__init__()
@@ -590,7 +596,7 @@ class LM2(Layered):
 # Add yours: MEMORIES["mine"] = Mine. A Mine(config) is a module with init_state(batch_size) -> nested tuples
 # of tensors, and forward(x, state) -> (h, state), which takes one segment through all layers and the final
 # LayerNorm. The class has options and ablations, as Layered does. It may have `ask`, a faster forward for
-# questions, whose state nobody needs.
+# questions, which need no new state.
 MEMORIES = dict(none=NoMemory, full=FullAttention, bswa=BSWA, rmt=RMT, armt=ARMT, fam=FAM, lm2=LM2)
 CHOICES = dict(rule=("published", "delta"), gate=("sigmoid", "hardsigmoid"))
 SIZES = [f.name for f in fields(GPTConfig) if f.type in (int, int | None)]
@@ -657,7 +663,7 @@ class GPT(nn.Module):
         self.memory = MEMORIES[config.memory](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, module in self.named_modules():
-            # differs: GPT-2 draws weights with a deviation of 0.02 at width 768, too little here.
+            # differs: GPT-2 draws all weights with a deviation of 0.02 at width 768, too little here.
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features ** -0.5)
                 if module.bias is not None:
@@ -688,7 +694,8 @@ class GPT(nn.Module):
                            with a target in some row; loss is the mean over all targets, 0 if none
 
         A short last segment reads and writes like any other; the next call begins a new one. With write=False
-        the last segment is a question: it is not written, which saves time, and no state is returned.
+        the last segment is a question: it is not written (where there is an `ask`, this saves time), and no
+        state is returned.
         """
         if idx.numel() == 0 or targets is not None and targets.shape != idx.shape:
             raise ValueError(f"idx {tuple(idx.shape)} needs at least one token, and targets of its own shape")

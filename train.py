@@ -78,7 +78,7 @@ class Config(GPTConfig):
 
 
 EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may change in an evaluation
-LISTS = ("stages", "background", "eval_lengths", "eval_samples", "eval_text")      # their commas make no grid
+WHOLE = ("stages", "background", "eval_lengths", "eval_samples", "eval_text", "babi_dir", "out_dir")
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
@@ -121,11 +121,11 @@ def parse(argv):
             default = f" ({f.default})" * (f.default not in ("", None) and f.type is not list)
             group.add_argument(f"--{f.name}", metavar=kind.__name__.upper(), default=argparse.SUPPRESS,
                                nargs="+" if f.type is list else None,
-                               type=kind if f.name in LISTS else comma_list(kind),
+                               type=kind if f.name in WHOLE else comma_list(kind),
                                help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
-    values = [[value] if name in LISTS else value for name, value in given.items()]
+    values = [[value] if name in WHOLE else value for name, value in given.items()]  # others: a grid
     return like, eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
@@ -133,8 +133,6 @@ def grid(like, runs):
     """All runs that the flags ask for, checked: a list of Config, each with its own folder as out_dir."""
     base, configs, refused = asdict(read_config(like)) if like else {}, [], []
     varied = [name for name in runs[0] if any(chosen[name] != runs[0][name] for chosen in runs)]
-    if "out_dir" in varied:
-        raise ValueError("--out_dir: name one folder; the runs of a grid have folders of their own in it")
     for chosen in runs:
         Task, settings = find(chosen.get("task", base.get("task", Config.task)))
         if like and Task is not find(base["task"])[0]:
@@ -146,7 +144,7 @@ def grid(like, runs):
         words = "task", "memory", "ablate"
         shown = chosen if like else dict(task=c.task, memory=c.memory) | chosen
         name = [like.resolve().name.removesuffix(".json").rsplit("-seed", 1)[0]] if like else []
-        name += [flag * (flag not in words) + Path(str(value)).name for flag, value in shown.items()
+        name += [flag * (flag not in words) + str(value) for flag, value in shown.items()
                  if flag in {*words, *varied} - {"seed"}]
         if varied or not c.out_dir:
             c.out_dir = str(Path(c.out_dir or "out", "-".join([*name, f"seed{c.seed}"])))
