@@ -78,7 +78,7 @@ class Config(GPTConfig):
 
 
 EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may change in an evaluation
-WHOLE = ("stages", "background", "eval_lengths", "eval_samples", "eval_text", "babi_dir", "out_dir")
+WHOLE = ("stages", "background", "eval_lengths", "eval_samples", "eval_text", "babi_dir")    # make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
 WEIGHT_DECAY, CLIP, WARMUP, LEAST_STEPS = 1e-3, 1.0, 100, 25      # LEAST_STEPS of a stage
@@ -125,7 +125,7 @@ def parse(argv):
                                help=NOTES[f.name] + default)
     given = vars(parser.parse_args(argv))
     like, eval_only = given.pop("like"), given.pop("eval_only")
-    values = [[value] if name in WHOLE else value for name, value in given.items()]  # others: a grid
+    values = [[value] if name in WHOLE else value for name, value in given.items()]
     return like, eval_only, [dict(zip(given, chosen)) for chosen in itertools.product(*values)]
 
 
@@ -133,6 +133,8 @@ def grid(like, runs):
     """All runs that the flags ask for, checked: a list of Config, each with its own folder as out_dir."""
     base, configs, refused = asdict(read_config(like)) if like else {}, [], []
     varied = [name for name in runs[0] if any(chosen[name] != runs[0][name] for chosen in runs)]
+    if "out_dir" in varied:
+        raise ValueError("--out_dir: name one folder; the runs of a grid have folders of their own in it")
     for chosen in runs:
         Task, settings = find(chosen.get("task", base.get("task", Config.task)))
         if like and Task is not find(base["task"])[0]:
