@@ -5,11 +5,6 @@ A name is the sentence that its test proves. A test of `every_variant` runs for 
 joins by itself), with each of their ablation words, and for the memory that the README adds. Where a paper or
 a plain GPT can be written down once more, slowly and without looking at armt.py, the two are compared in
 float64.
-
-    pytest                      everything
-    pytest -n 2                 the same, in two processes
-    pytest -k future            the tests with this word in their name
-    pytest -m "not slow"        without the two that take more than ten seconds
 """
 import hashlib
 import http.server
@@ -178,12 +173,7 @@ def test_what_was_read_long_ago_can_be_learned(memory):
 @every_variant
 def test_rows_of_a_batch_do_not_mix(memory, ablate):
     model, idx = tiny(memory, ablate).double(), some_text(10)
-    other = idx.clone()
-    other[1] = (other[1] + 1 + some_text(10, rows=1, seed=2)[0] % (V - 1)) % V    # other words in row 1
     logits, _, state = model(idx, idx)
-    changed, _, changed_state = model(other, other)
-    assert torch.equal(changed[0], logits[0]) and not torch.equal(changed[1], logits[1])
-    assert_close(armt.state_map(lambda s: s[0], changed_state), armt.state_map(lambda s: s[0], state), 0)
     for row in (0, 1):
         alone, _, alone_state = model(idx[row:row + 1], idx[row:row + 1])
         assert_close(alone[0], logits[row])
@@ -408,34 +398,28 @@ def test_every_memory_is_its_paper_written_by_hand_forward_and_backward(memory, 
             assert_close(w.grad, p[name].grad, tolerance)
 
 
+@torch.no_grad()
 def test_a_late_segment_counts_ever_less_for_fam_unless_its_rows_are_normalised():
+    share = {}                                                  # of the rows of a layer, changed by a segment
     for words in ("nothing", "norm_rows"):
-        model, share = tiny("fam", ablate=words), []                          # of rows, changed by a segment
+        model = tiny("fam", ablate=words)
         state = model.init_state(4)
-        for segment in torch.randint(V, (4, 64 * T)).split(T, dim=1):
-            with torch.no_grad():
-                _, _, new = model(segment, state=state)
-            share += [[((now[0] - old[0]).norm() / now[0].norm()).item() for now, old in zip(new, state)]]
+        for n, segment in enumerate(torch.randint(V, (4, 64 * T)).split(T, dim=1), start=1):
+            _, _, new = model(segment, state=state)
+            share[words, n] = [((b[0] - a[0]).norm() / b[0].norm()).item() for a, b in zip(state, new)]
             state = new
-        if words == "nothing":
-            assert share[15] == pytest.approx([1 / 16] * L, rel=0.3)          # as if each added the same
-            assert share[63] == pytest.approx([1 / 64] * L, rel=0.3)
-        else:
-            assert min(share[15] + share[63]) > 0.1
-
-
-class Leaky(armt.LM2Block):
-    """Its tokens read a bank that was just written from their whole segment, future included."""
-
-    def forward(self, x, bank):
-        _, bank = super().forward(x, bank)
-        x, _ = super().forward(x, bank)
-        return x, bank
+    for n in (16, 64):
+        assert share["nothing", n] == pytest.approx([1 / n] * L, rel=0.3)     # as if each added the same
+        assert min(share["norm_rows", n]) > 0.1
 
 
 def test_tokens_that_read_what_was_just_written_would_see_their_future(monkeypatch):
     """The gates of LM2's published code do, and the proof of causality finds it."""
-    monkeypatch.setattr(armt.LM2, "block", Leaky)
+    causal = armt.LM2Block.forward
+
+    def leaky(block, x, bank):
+        return causal(block, x, causal(block, x, bank)[1])
+    monkeypatch.setattr(armt.LM2Block, "forward", leaky)
     with pytest.raises(AssertionError, match="was seen before it was read"):
         test_the_future_is_invisible("lm2", "nothing")
 
@@ -575,18 +559,17 @@ def test_batches_are_equal_in_every_process():
 
 
 @pytest.mark.parametrize("task, key_size, n_pairs, n_questions", [
-    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 30, 1),
-    ("rewrite", 1, 3, 9), ("rewrite", 1, 50, 5), ("rewrite", 1, 1, 1)])
+    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 3, 9),
+    ("rewrite", 1, 50, 5)])
 def test_a_slow_replay_gives_the_answers_of_recall(task, key_size, n_pairs, n_questions):
     made = task_of(task=task, stages=str(n_pairs), questions=n_questions, segment_len=key_size + 3)
     batch = made.samples(generator(0, "train"), 30, n_pairs)
-    every_key = list(itertools.product(range(1, 17), repeat=key_size))
     assert batch.context.shape == (30, n_pairs, key_size + 3)                        # one pair is one segment
     for context, questions, answers in zip(*batch):
         told = {}
         for *key, colon, value, end in context.tolist():
-            assert (colon, end) == (recall.TELL, recall.END) and 1 <= value <= 16
-            assert tuple(key) in every_key and (task == "rewrite" or tuple(key) not in told)
+            assert (colon, end) == (recall.TELL, recall.END) and {*key, value} <= {*range(1, 17)}
+            assert task == "rewrite" or tuple(key) not in told
             told[tuple(key)] = value
         asked = [tuple(key) for *key, _ in questions.tolist()]
         assert set(questions[:, -1]) == {recall.ASK} and len(set(asked)) == len(asked) == n_questions
@@ -663,10 +646,9 @@ def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
 
 
 @pytest.mark.parametrize("line, published, broken", [
-    (1, "1 Mary moved", "2 Mary moved"), (1, "1 Mary moved", "\n1 Mary moved"), (2, "2 John", "3 John"),
-    (2, "2 John", "02 John"), (3, "Mary? \tbathroom\t1", "Mary? \tbathroom"),
-    (3, "\tbathroom\t1", "\t\t1"), (3, "\tbathroom\t1", "\tbathroom\tone"),
-    (3, "\tbathroom\t1", "\tbathroom\t4"), (5, "\tbathroom\t4 1", "\tbathroom\t4 3"), (2, "John", "Jos\xe9")])
+    (1, "1 Mary moved", "2 Mary moved"), (2, "2 John", "3 John"), (2, "John", "Jos\xe9"),
+    (3, "\tbathroom\t1", "\tbathroom"), (3, "\tbathroom\t1", "\tbathroom\t4"),
+    (5, "\tbathroom\t4 1", "\tbathroom\t4 3")])
 def test_a_malformed_line_is_refused_with_file_and_line(line, published, broken, tmp_path):
     path = tmp_path / "broken_qa1.txt"
     path.write_bytes(PUBLISHED.replace(published, broken, 1).encode("latin-1"))
@@ -973,7 +955,7 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, a
         assert np.std(places) == pytest.approx(1 / 12 ** 0.5, abs=0.05)
 
 
-def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_into_a_few_megabytes():
+def test_five_million_words_fit_into_five_megabytes():
     prose = babilong.Background([babilong.PROSE], "train", WORDS)
     tracemalloc.start()
     context = babilong.compose(generator(0, "train"), FACTS, 5_000_000, prose)
@@ -981,10 +963,6 @@ def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n_words == 5_000_000 and peak < 5e6
-    for seed in range(20):                       # entered anywhere, and all of it is read before any is again
-        runs = prose.runs(generator(seed, "train"), int(prose.n_words[-1]))
-        read = [i for first, last, _ in runs for i in range(first, last)]
-        assert sorted(read) == list(range(len(prose.begin) - 1))
 
 
 def test_a_sentence_that_looks_like_a_fact_is_none(library):
@@ -1143,20 +1121,17 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--n_layer two", "n_layer"), ("--layers 2", "--layers"), ("--memory elephant", "memory"),
-    ("--n_head 3", "n_embd"), ("--rule gamma", "published or delta"), ("--window 3", "window"),
-    ("--ablate no_gama", "nothing, no_gamma, no_delta"), ("--memory lm2 --n_mem 17", "n_mem"),
-    ("--task qa21", "task"), ("--lr nan", "lr"), ("--stages 2,x", "stages"), ("--stages 257", "stages"),
-    ("--device tpu", "device"), ("--device cpu:1", "device"), ("--dtype float8", "dtype"),
-    ("--align 8", "align"), ("--memory none --price 1", "price"), ("--task qa1 --stages 2/0/8", "stages"),
-    ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --stages 4/0/32", "stages"),
-    ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
-    ("--like nowhere", "nowhere"), ("--task qa1 --background nowhere.txt", "nowhere"),
-    ("--task qa1 --babi_dir nowhere", "babi_dir"), ("--eval_samples 0", "eval_samples"),
-    ("--memory full --compile 1", "compile"), ("--memory none,rmt --ablate no_delta", "no_delta"),
-    ("--eval_only", "holds no run"), ("--eval_lengths 17", "16 keys"), ("--mem_layers 2", "mem_layers"),
-    ("--memory fam --ablate stop_gradient", "no_copy"), ("--eval_only --like nowhere", "--like"),
-    ("--task qa1 --background .gitignore", "no sentence")])
+    ("--n_layer two", "n_layer"), ("--memory elephant", "memory"), ("--n_head 3", "n_embd"),
+    ("--rule gamma", "published or delta"), ("--window 3", "window"), ("--mem_layers 2", "mem_layers"),
+    ("--ablate no_gama", "nothing, no_gamma, no_delta"), ("--memory fam --ablate stop_gradient", "no_copy"),
+    ("--memory none,rmt --ablate no_delta", "no_delta"), ("--memory lm2 --n_mem 17", "n_mem"),
+    ("--memory none --price 1", "price"), ("--memory full --compile 1", "compile"), ("--lr nan", "lr"),
+    ("--device tpu", "device"), ("--dtype float8", "dtype"), ("--eval_samples 0", "eval_samples"),
+    ("--task qa21", "task"), ("--eval_lengths 17", "16 keys"), ("--align 8", "align"),
+    ("--task qa1 --stages 2/0/8", "stages"), ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
+    ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --babi_dir no", "babi_dir"),
+    ("--task qa1 --background nowhere.txt", "nowhere"), ("--task qa1 --background .gitignore", "no sentence"),
+    ("--eval_only", "holds no run"), ("--eval_only --like nowhere", "--like")])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, named, capsys, tmp_path):
     assert named in fails(capsys, f"{FAST} {flags} --out_dir {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
@@ -1236,10 +1211,8 @@ def test_a_run_that_was_killed_continues_even_where_its_last_row_is_half_written
         file.write('{"kind": "train", "st')                                # a power cut
     run(f"{command} {killed}")
     assert rows_of(whole) == rows_of(killed)
-    good = (killed / "metrics.jsonl").read_bytes()
-    for bad in (b"{\n", b"5\n", b"\xff\n"):
-        (killed / "metrics.jsonl").write_bytes(bad + good)
-        assert "metrics.jsonl, line 1: damaged" in fails(capsys, f"{command} {killed}")
+    (killed / "metrics.jsonl").write_bytes(b"5\n" + (killed / "metrics.jsonl").read_bytes())
+    assert "metrics.jsonl, line 1: damaged" in fails(capsys, f"{command} {killed}")
 
 
 def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, capsys):
@@ -1260,11 +1233,10 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
-    command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2"
-    said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
-    assert "--lr" in said and "step" in said and "stage 2" in said
-    said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
-    assert "1 of 2" in said and "--lr" in capsys.readouterr().out
+    said = fails(capsys, f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2 --lr 100,0.001 "
+                         f"--out_dir {tmp_path}")
+    assert "1 of 2" in said                                                  # the second run goes on
+    assert re.search("no longer finite, at step .* in stage 2: .* --lr", capsys.readouterr().out)
     assert rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
 
 
@@ -1279,14 +1251,9 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     for like in (first, result):
         run(f"train --like {like} --out_dir {tmp_path / 'again'}{like.suffix}")
         assert rows_of(first) == rows_of(f"{tmp_path / 'again'}{like.suffix}")
-    capsys.readouterr()
-    run(f"sample --out_dir {first}")
-    assert capsys.readouterr().out.count("->") == 5
     assert "--facts" in fails(capsys, f"sample --out_dir {first} --facts 'Mary left.'")
     assert "--task" in fails(capsys, f"train --like {first} --task qa1 --out_dir {tmp_path / 'a'}")
     assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
-    other = "--task passkey --segment_len 32"
-    assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
     assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} --task rewrite")
     assert "segment_len" in fails(capsys, f"train --eval_only --out_dir {first} --segment_len 5")
 
@@ -1332,26 +1299,20 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
     assert "torchrun" in fails(capsys, f"{FAST} --seed 0,1 --out_dir {tmp_path}")
 
 
-def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
-    for flag in "01":
-        run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
-            f"--out_dir {tmp_path / flag}")
-    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
-
-
-def test_segments_of_all_lengths_of_a_curriculum_are_compiled(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_compiled_run_is_compiled_at_every_length_and_learns_the_same(tmp_path, monkeypatch):
     """Torch keeps eight versions of a function if it is not told otherwise, and then runs it uncompiled."""
-    compiler, compiled = torch.compile, []
+    compiler, compiled = torch.compile, set()
 
-    def backend(graph, inputs):                                  # runs what it was given, uncompiled
-        compiled.extend(x.shape for x in inputs)
-        return graph.forward
+    def backend(graph, inputs):
+        compiled.update(tuple(x.shape) for x in inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
     monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
-    run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
-        f"--eval_lengths 0 --compile 1 --out_dir {tmp_path}")
-    assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= {*map(tuple, compiled)}
+    for flag in "01":
+        run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
+            f"--eval_lengths 0 --compile {flag} --out_dir {tmp_path / flag}")
+    assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= compiled
+    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
 
 
 # --- 4. sample.py: a memory that is told, reads, and is asked -----------------------------------------------
@@ -1428,10 +1389,8 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     assert said[0] == said[2] and len(said[0]) == 2 and said[1] == []
     good = torch.load(good, weights_only=True)
     state, tail, words_read = good["memory"]
-    for change in (dict(seal="x"), dict(memory=()), dict(memory=((), tail, words_read)),
-                   dict(memory=(state, tail, words_read + 1)), dict(memory=(state, "tail", words_read)),
-                   *(dict(memory=(armt.state_map(f, state), tail, words_read))
-                     for f in (lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
+    for change in (dict(seal="x"), dict(memory=()), dict(memory=(state, tail, words_read + 1)),
+                   dict(memory=(armt.state_map(torch.Tensor.half, state), tail, words_read))):
         torch.save(good | change, qa / "bad.pt")
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
@@ -1439,8 +1398,7 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
                         (f"--facts 'Mary left.' --written x.no --save_state {qa / 'kept.pt'}", "--written"),
                         ("--load_state ''", "--load_state"),
                         (f"--save_state {qa / 'nowhere' / 'x.pt'}", "--save_state"),
-                        (f"--save_state {qa}", "--save_state"),
-                        ("--load_state nowhere.pt", "nowhere.pt")):
+                        (f"--save_state {qa}", "--save_state")):
         assert named in fails(capsys, f"{command} {flag} {ask}")
     assert not (qa / "kept.pt").exists()                     # said before anything is read
     assert "one question" in fails(capsys, f"{command} --ask 'John left. Where is John?'")
