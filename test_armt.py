@@ -296,10 +296,7 @@ def armt_by_hand(p, row, words, config):
 
 
 def fam_by_hand(p, row, words, config):
-    """
-    Algorithm 2, with a clock that never stops. Without rows it is algorithm 1, bswa; and if its window is
-    nothing, or everything, it is a plain GPT that reads each segment alone, or all of them as one.
-    """
+    """Algorithm 2; without rows it is algorithm 1, and with a window of nothing or everything a plain GPT."""
     M, fam, rows = config.n_mem or 0, [], list(p.get("memory.mem", ()))
     window = dict(none=0, full=len(row)).get(config.memory, config.window)
     for name in BLOCKS:                                     # the prompt climbs alone, its rows see each other
@@ -630,10 +627,6 @@ def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
             assert write_stories(stories := babi.read_stories(path)) == written
     assert [sample.question for sample in babi.spread(stories)] == [
         "Where is Mary?", "What is north of the kitchen?", "What is Mary carrying?", "Where is the milk?"]
-    told = ["Mary moved to the bathroom.", "John went to the hallway."]
-    assert babi.story_samples(stories[0]) == [
-        (told, "Where is Mary?", "bathroom"),
-        ([*told, "Mary got the milk there."], "Where is the milk?", "bathroom")]
 
 
 @pytest.mark.parametrize("line, published, broken", [
@@ -730,10 +723,7 @@ MEASURED = {     # in the published files, train and test; the means of qa3 in 3
 
 @cache
 def simulated(task):
-    """
-    2,000 stories. Of qa3 they are not always within 3% of the published 51.0 facts (in 20,000 it is 52.5): of
-    the seeds 0 to 7 they are with 1, 3, 5, 6 and 7.
-    """
+    """2,000 stories. With the seeds 0, 2 and 4 facts of qa3 are not within 3% (in 20,000 stories: 52.5)."""
     return babi.simulate(random.Random(6), task, 2000)
 
 
@@ -751,47 +741,45 @@ def test_a_simulated_world_has_the_statistics_of_the_published_files(task):
     assert known < dict(qa1=0.05, qa4=0.5).get(task, 0.01)               # qa4 has but 1,920 stories
 
 
-def solve(facts, question):
-    """Right answers to a question, the latest last, by replaying the facts: data/babi.py lends only names."""
-    places, holder, way, gifts, sides = {}, {}, {}, [], []
+def solve(facts):
+    """{question: right answers, the latest last}, by replaying the facts: data/babi.py lends only names."""
+    places, holder, way, right = {}, {}, {}, defaultdict(list)
     opposite = dict(north="south", south="north", east="west", west="east")
     for action, who, what, place, to, _ in map(parse, facts):
         if action == "lies":
-            sides += [(who, what, place), (place, opposite[what], who)]
+            for a, side, b in ((who, what, place), (place, opposite[what], who)):
+                right[f"What is {side} of the {b}?"].append(a)
+                right[f"What is the {b} {opposite[side]} of?"].append(a)
         elif action == "move":
             places[who] = place
             for thing in holder:
                 way[thing] += [place] if holder[thing] == who else []
         elif action == "give":
             holder[what] = to
-            gifts.append((who, to, what))
+            right[f"What did {who} give to {to}?"].append(what)
+            right[f"Who gave the {what}?"].append(who)
+            right[f"Who gave the {what} to {to}?"].append(who)
+            right[f"Who did {who} give the {what} to?"].append(to)
+            right[f"Who received the {what}?"].append(to)
         else:
             holder[what] = who if action == "get" else None
             been = way.setdefault(what, [None])
             if action == "drop" and places.get(who) not in (None, been[-1]):
                 been.append(places[who])                     # he had moved before anybody saw him carry it
-    words = question.removesuffix("?").split()
-    if words[:2] == ["Where", "is"] and words[2] != "the":
-        return [places[words[2]]]
-    if words[:2] == ["Where", "is"]:
-        return [places[holder[words[3]]] if holder[words[3]] else way[words[3]][-1]]
-    if words[0] == "Where":                                  # was the milk before the garden
-        been = way[words[3]]
-        return [been[max(i for i, place in enumerate(been) if place == words[6]) - 1]]
-    if words[1] == "is":                                     # What is north of the garden, or is it north of
-        side, known = (words[2], words[5]) if words[-1] != "of" else (opposite[words[4]], words[3])
-        return [a for a, b, c in sides if (b, c) == (side, known)]
-    who, to = words[2] if words[1] == "did" else None, words[-1] if words[-2] == "to" else None
-    what = next((word for word in words if word in babi.THINGS), None)
-    fitting = [gift for gift in gifts if (who or gift[0], to or gift[1], what or gift[2]) == gift]
-    return [gift[2 if not what else 1 if words[1] in ("did", "received") else 0] for gift in fitting]
+    for who, place in places.items():
+        right[f"Where is {who}?"] = [place]
+    for thing, been in way.items():
+        right[f"Where is the {thing}?"] = [places.get(holder[thing]) if holder[thing] else been[-1]]
+        for before, place in itertools.pairwise(been):
+            right[f"Where was the {thing} before the {place}?"] = [before]
+    return right
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
 def test_an_independent_solver_finds_the_same_answers(task):
     asked, ambiguous = babi.spread(simulated(task)[:400]), 0
     for sample in asked:
-        right = solve(sample.facts, sample.question)
+        right = solve(sample.facts)[sample.question]
         assert sample.answer in right
         ambiguous += right[-1] != sample.answer
     assert ambiguous <= (0.01 * len(asked) if task == "qa5" else 0)    # two gifts of one person to another
@@ -830,9 +818,9 @@ def test_everything_that_a_short_text_answers_is_asked_and_nothing_else_is_known
         task = dice.choice(babi.TASKS)
         events = list(itertools.islice(babi.world(dice, task), dice.randint(1, 6)))
         told, asked = [e.text for e in events], babi.everything(events)
+        right = solve(told)
         for question, answer in {**asked["qa4"], **asked["qa5"]}.items():
-            right = solve(told, question.strip())
-            assert answer == (right[-1] if right else babi.UNKNOWN), (told, question)
+            assert answer == [babi.UNKNOWN, *right[question.strip()]][-1], (told, question)
         if task == "qa4" or len({name for e in events for name in (e.who, e.what, e.to) if name}) > 4:
             continue
         by_hand = worlds(told)
@@ -1474,7 +1462,6 @@ def test_the_shipped_memory_answers_all_five_kinds_of_question_and_says_what_it_
 
 
 def test_every_command_of_the_readme_parses_and_those_of_a_page_have_the_settings_of_its_rows(monkeypatch):
-    """Those of train.py and sample.py, in the README and in results/."""
     monkeypatch.chdir(TOP)
     files = ("background", "eval_text", "babi_dir")                        # downloads: they may not be here
     free, found = {*train.FREE, "seed", "vocab"}, 0
