@@ -646,7 +646,7 @@ def parse(fact):
     if words[0] == "The":
         return babi.Event("lies", words[1], words[3], words[6], text=fact)
     who, rest = words[0], " ".join(words[1:])
-    action = next(a for a, verbs in babi.VERBS.items() for verb in verbs if rest.startswith(f"{verb} "))
+    (action,) = {a for a, verbs in babi.VERBS.items() for verb in verbs if rest.startswith(f"{verb} ")}
     if action == "move":
         return babi.Event("move", who, place=words[-1], text=fact)
     what, to = (words[-3], words[-1]) if action == "give" else (words[-1], "")
