@@ -522,7 +522,6 @@ def test_bfloat16_keeps_memories_in_float32_and_means_what_float32_means(memory,
 # --- 2. The data: batches, and associative retrieval --------------------------------------------------------
 
 def task_of(**settings):
-    """The task of a run with these settings."""
     return make_task(train.Config(**settings))
 
 
@@ -805,9 +804,8 @@ def worlds(facts):
                 been[thing] += [at[thing]] if been[thing][-1:] != [at[thing]] else []
         for name in names if possible else ():
             answers[f"Where is {'the ' * (name in babi.THINGS)}{name}? "].add(at[name])
-            latest = {place: i for i, place in enumerate(been[name])}
-            for place, i in latest.items():
-                before = been[name][i - 1] if i else "nowhere"
+            latest = {here: before for before, here in itertools.pairwise(["nowhere", *been[name]])}
+            for place, before in latest.items():
                 answers[f"Where was the {name} before the {place}? "].add(before)
     return answers
 
@@ -1105,7 +1103,7 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
     ("--task qa1 --stages 2/0/8", "stages"), ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
     ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --babi_dir no", "babi_dir"),
     ("--task qa1 --background nowhere.txt", "nowhere"), ("--task qa1 --background .gitignore", "no sentence"),
-    ("--eval_only", "holds no run"), ("--eval_only --like nowhere", "--like")])
+    ("--eval_only", "holds no run"), ("--eval_only --like nowhere", "--like"), ("--stages 2,x", "stages")])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, named, capsys, tmp_path):
     assert named in fails(capsys, f"{FAST} {flags} --out_dir {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
@@ -1326,7 +1324,6 @@ def test_segments_that_write_nothing_are_read_side_by_side_and_not_again(monkeyp
 
 @pytest.fixture(scope="module")
 def qa(tmp_path_factory):
-    """A folder with a run of qa1 and a book."""
     folder = tmp_path_factory.mktemp("qa")
     run(f"{FAST} --task qa1+qa4 --align 8 --stages 2/0 --eval_lengths 0 --out_dir {folder / 'run'}")
     (folder / "book.txt").write_text("Ä" * 7 + " " + babilong.prose(120, seed="a book"), encoding="utf-8")
