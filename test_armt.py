@@ -5,11 +5,6 @@ A name is the sentence that its test proves. A test of `every_variant` runs for 
 joins by itself), with each of their ablation words, and for the memory that the README adds. Where a paper or
 a plain GPT can be written down once more, slowly and without looking at armt.py, the two are compared in
 float64.
-
-    pytest                      everything
-    pytest -n 2                 the same, in two processes
-    pytest -k future            the tests with this word in their name
-    pytest -m "not slow"        without the two that take more than ten seconds
 """
 import hashlib
 import http.server
@@ -51,6 +46,7 @@ torch.set_num_threads(1)         # nothing here is large enough to be worth a se
 TOP = Path(train.__file__).parent
 README = (TOP / "README.md").read_text(encoding="utf-8")
 FADE = re.search(r"```python\n(.*?class Fade.*?)```", README, re.S)[1]            # a memory of one's own
+exec(FADE.split("program = ")[0], {})                                             # from here on in MEMORIES
 
 
 # --- 1. The model: what holds for every memory --------------------------------------------------------------
@@ -58,19 +54,10 @@ FADE = re.search(r"```python\n(.*?class Fade.*?)```", README, re.S)[1]          
 V, T, C, L = 20, 4, 16, 2                                  # words, segment, width, layers of the models below
 
 
-@pytest.fixture
-def fade(monkeypatch):
-    """Registers the README's memory for one test; nobody else shall find it in MEMORIES."""
-    names = {}
-    exec(FADE.split("\nMEMORIES[")[0], names)
-    monkeypatch.setitem(MEMORIES, "fade", names["Fade"])
-
-
-def every_variant(test):
-    """All memories as they are, with each ablation word, and ARMT's other rule, a word for `tiny`, too."""
-    cases = [(memory, "nothing") for memory in [*MEMORIES, "fade"]] + [("armt", "delta")]
-    cases += [(name, word) for name, Memory in MEMORIES.items() for word in Memory.ablations]
-    return pytest.mark.usefixtures("fade")(pytest.mark.parametrize("memory, ablate", cases)(test))
+# all memories as they are, with each ablation word, and with ARMT's other rule, which is a word for `tiny`
+every_variant = pytest.mark.parametrize("memory, ablate", [
+    ("armt", "delta"),
+    *((name, word) for name, Memory in MEMORIES.items() for word in ("nothing", *Memory.ablations))])
 
 
 def tiny(memory, ablate="nothing", **other):
@@ -154,8 +141,7 @@ def test_the_gradient_of_the_last_segment_reaches_the_first_and_every_parameter_
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
 
 
-@pytest.mark.usefixtures("fade")
-@pytest.mark.parametrize("memory", [*MEMORIES, "fade"])
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_what_was_read_long_ago_can_be_learned(memory):
     model = tiny(memory)
     idx = torch.zeros(4, 3 * T, dtype=torch.long)
@@ -178,12 +164,7 @@ def test_what_was_read_long_ago_can_be_learned(memory):
 @every_variant
 def test_rows_of_a_batch_do_not_mix(memory, ablate):
     model, idx = tiny(memory, ablate).double(), some_text(10)
-    other = idx.clone()
-    other[1] = (other[1] + 1 + some_text(10, rows=1, seed=2)[0] % (V - 1)) % V    # other words in row 1
     logits, _, state = model(idx, idx)
-    changed, _, changed_state = model(other, other)
-    assert torch.equal(changed[0], logits[0]) and not torch.equal(changed[1], logits[1])
-    assert_close(armt.state_map(lambda s: s[0], changed_state), armt.state_map(lambda s: s[0], state), 0)
     for row in (0, 1):
         alone, _, alone_state = model(idx[row:row + 1], idx[row:row + 1])
         assert_close(alone[0], logits[row])
@@ -315,10 +296,7 @@ def armt_by_hand(p, row, words, config):
 
 
 def fam_by_hand(p, row, words, config):
-    """
-    Algorithm 2, with a clock that never stops. Without rows it is algorithm 1, bswa; and if its window is
-    nothing, or everything, it is a plain GPT that reads each segment alone, or all of them as one.
-    """
+    """Algorithm 2; without rows it is algorithm 1, and with a window of nothing or everything a plain GPT."""
     M, fam, rows = config.n_mem or 0, [], list(p.get("memory.mem", ()))
     window = dict(none=0, full=len(row)).get(config.memory, config.window)
     for name in BLOCKS:                                     # the prompt climbs alone, its rows see each other
@@ -408,34 +386,28 @@ def test_every_memory_is_its_paper_written_by_hand_forward_and_backward(memory, 
             assert_close(w.grad, p[name].grad, tolerance)
 
 
+@torch.no_grad()
 def test_a_late_segment_counts_ever_less_for_fam_unless_its_rows_are_normalised():
+    share = {}                                                  # of the rows of a layer, changed by a segment
     for words in ("nothing", "norm_rows"):
-        model, share = tiny("fam", ablate=words), []                          # of rows, changed by a segment
+        model = tiny("fam", ablate=words)
         state = model.init_state(4)
-        for segment in torch.randint(V, (4, 64 * T)).split(T, dim=1):
-            with torch.no_grad():
-                _, _, new = model(segment, state=state)
-            share += [[((now[0] - old[0]).norm() / now[0].norm()).item() for now, old in zip(new, state)]]
+        for n, segment in enumerate(torch.randint(V, (4, 64 * T)).split(T, dim=1), start=1):
+            _, _, new = model(segment, state=state)
+            share[words, n] = [((b[0] - a[0]).norm() / b[0].norm()).item() for a, b in zip(state, new)]
             state = new
-        if words == "nothing":
-            assert share[15] == pytest.approx([1 / 16] * L, rel=0.3)          # as if each added the same
-            assert share[63] == pytest.approx([1 / 64] * L, rel=0.3)
-        else:
-            assert min(share[15] + share[63]) > 0.1
-
-
-class Leaky(armt.LM2Block):
-    """Its tokens read a bank that was just written from their whole segment, future included."""
-
-    def forward(self, x, bank):
-        _, bank = super().forward(x, bank)
-        x, _ = super().forward(x, bank)
-        return x, bank
+    for n in (16, 64):
+        assert share["nothing", n] == pytest.approx([1 / n] * L, rel=0.3)     # as if each added the same
+        assert min(share["norm_rows", n]) > 0.1
 
 
 def test_tokens_that_read_what_was_just_written_would_see_their_future(monkeypatch):
     """The gates of LM2's published code do, and the proof of causality finds it."""
-    monkeypatch.setattr(armt.LM2, "block", Leaky)
+    causal = armt.LM2Block.forward
+
+    def leaky(block, x, bank):
+        return causal(block, x, causal(block, x, bank)[1])
+    monkeypatch.setattr(armt.LM2Block, "forward", leaky)
     with pytest.raises(AssertionError, match="was seen before it was read"):
         test_the_future_is_invisible("lm2", "nothing")
 
@@ -529,7 +501,7 @@ def test_memories_have_the_parameters_and_states_that_they_say():
     cache = [(B, H, T, C // H)] * 2
     assert shapes == dict(none=[], full=[(B, H, N, C // H)] * 2 * L, bswa=cache * L, rmt=[(B, M, C)],
                           armt=[(B, D, C), (B, D)] * L, fam=[(B, M, C), (B, 1, 1), *cache] * L,
-                          lm2=[(B, M, C)] * L)
+                          lm2=[(B, M, C)] * L, fade=[(B, C)] * L)
     assert armt.state_floats(state["armt"]) == L * B * (D * C + D)
 
 
@@ -550,7 +522,6 @@ def test_bfloat16_keeps_memories_in_float32_and_means_what_float32_means(memory,
 # --- 2. The data: batches, and associative retrieval --------------------------------------------------------
 
 def task_of(**settings):
-    """The task of a run with these settings."""
     return make_task(train.Config(**settings))
 
 
@@ -575,18 +546,17 @@ def test_batches_are_equal_in_every_process():
 
 
 @pytest.mark.parametrize("task, key_size, n_pairs, n_questions", [
-    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 30, 1),
-    ("rewrite", 1, 3, 9), ("rewrite", 1, 50, 5), ("rewrite", 1, 1, 1)])
+    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 3, 9),
+    ("rewrite", 1, 50, 5)])
 def test_a_slow_replay_gives_the_answers_of_recall(task, key_size, n_pairs, n_questions):
     made = task_of(task=task, stages=str(n_pairs), questions=n_questions, segment_len=key_size + 3)
     batch = made.samples(generator(0, "train"), 30, n_pairs)
-    every_key = list(itertools.product(range(1, 17), repeat=key_size))
     assert batch.context.shape == (30, n_pairs, key_size + 3)                        # one pair is one segment
     for context, questions, answers in zip(*batch):
         told = {}
         for *key, colon, value, end in context.tolist():
-            assert (colon, end) == (recall.TELL, recall.END) and 1 <= value <= 16
-            assert tuple(key) in every_key and (task == "rewrite" or tuple(key) not in told)
+            assert (colon, end) == (recall.TELL, recall.END) and {*key, value} <= {*range(1, 17)}
+            assert task == "rewrite" or tuple(key) not in told
             told[tuple(key)] = value
         asked = [tuple(key) for *key, _ in questions.tolist()]
         assert set(questions[:, -1]) == {recall.ASK} and len(set(asked)) == len(asked) == n_questions
@@ -656,17 +626,12 @@ def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
             assert write_stories(stories := babi.read_stories(path)) == written
     assert [sample.question for sample in babi.spread(stories)] == [
         "Where is Mary?", "What is north of the kitchen?", "What is Mary carrying?", "Where is the milk?"]
-    told = ["Mary moved to the bathroom.", "John went to the hallway."]
-    assert babi.story_samples(stories[0]) == [
-        (told, "Where is Mary?", "bathroom"),
-        ([*told, "Mary got the milk there."], "Where is the milk?", "bathroom")]
 
 
 @pytest.mark.parametrize("line, published, broken", [
-    (1, "1 Mary moved", "2 Mary moved"), (1, "1 Mary moved", "\n1 Mary moved"), (2, "2 John", "3 John"),
-    (2, "2 John", "02 John"), (3, "Mary? \tbathroom\t1", "Mary? \tbathroom"),
-    (3, "\tbathroom\t1", "\t\t1"), (3, "\tbathroom\t1", "\tbathroom\tone"),
-    (3, "\tbathroom\t1", "\tbathroom\t4"), (5, "\tbathroom\t4 1", "\tbathroom\t4 3"), (2, "John", "Jos\xe9")])
+    (1, "1 Mary moved", "2 Mary moved"), (2, "2 John", "3 John"), (2, "John", "Jos\xe9"),
+    (3, "\tbathroom\t1", "\tbathroom"), (3, "\tbathroom\t1", "\tbathroom\t4"),
+    (5, "\tbathroom\t4 1", "\tbathroom\t4 3")])
 def test_a_malformed_line_is_refused_with_file_and_line(line, published, broken, tmp_path):
     path = tmp_path / "broken_qa1.txt"
     path.write_bytes(PUBLISHED.replace(published, broken, 1).encode("latin-1"))
@@ -680,7 +645,7 @@ def parse(fact):
     if words[0] == "The":
         return babi.Event("lies", words[1], words[3], words[6], text=fact)
     who, rest = words[0], " ".join(words[1:])
-    action = next(a for a, verbs in babi.VERBS.items() for verb in verbs if rest.startswith(f"{verb} "))
+    (action,) = {a for a, verbs in babi.VERBS.items() for verb in verbs if rest.startswith(f"{verb} ")}
     if action == "move":
         return babi.Event("move", who, place=words[-1], text=fact)
     what, to = (words[-3], words[-1]) if action == "give" else (words[-1], "")
@@ -757,10 +722,7 @@ MEASURED = {     # in the published files, train and test; the means of qa3 in 3
 
 @cache
 def simulated(task):
-    """
-    2,000 stories. Of qa3 they are not always within 3% of the published 51.0 facts (in 20,000 it is 52.5): of
-    the seeds 0 to 7 they are with 1, 3, 5, 6 and 7.
-    """
+    """2,000 stories. With the seeds 0, 2 and 4 facts of qa3 are not within 3% (in 20,000 stories: 52.5)."""
     return babi.simulate(random.Random(6), task, 2000)
 
 
@@ -778,47 +740,45 @@ def test_a_simulated_world_has_the_statistics_of_the_published_files(task):
     assert known < dict(qa1=0.05, qa4=0.5).get(task, 0.01)               # qa4 has but 1,920 stories
 
 
-def solve(facts, question):
-    """Right answers to a question, the latest last, by replaying the facts: data/babi.py lends only names."""
-    places, holder, way, gifts, sides = {}, {}, {}, [], []
+def solve(facts):
+    """{question: right answers, the latest last}, by replaying the facts: data/babi.py lends only names."""
+    places, holder, way, right = {}, {}, {}, defaultdict(list)
     opposite = dict(north="south", south="north", east="west", west="east")
     for action, who, what, place, to, _ in map(parse, facts):
         if action == "lies":
-            sides += [(who, what, place), (place, opposite[what], who)]
+            for a, side, b in ((who, what, place), (place, opposite[what], who)):
+                right[f"What is {side} of the {b}?"].append(a)
+                right[f"What is the {b} {opposite[side]} of?"].append(a)
         elif action == "move":
             places[who] = place
             for thing in holder:
                 way[thing] += [place] if holder[thing] == who else []
         elif action == "give":
             holder[what] = to
-            gifts.append((who, to, what))
+            right[f"What did {who} give to {to}?"].append(what)
+            right[f"Who gave the {what}?"].append(who)
+            right[f"Who gave the {what} to {to}?"].append(who)
+            right[f"Who did {who} give the {what} to?"].append(to)
+            right[f"Who received the {what}?"].append(to)
         else:
             holder[what] = who if action == "get" else None
             been = way.setdefault(what, [None])
             if action == "drop" and places.get(who) not in (None, been[-1]):
                 been.append(places[who])                     # he had moved before anybody saw him carry it
-    words = question.removesuffix("?").split()
-    if words[:2] == ["Where", "is"] and words[2] != "the":
-        return [places[words[2]]]
-    if words[:2] == ["Where", "is"]:
-        return [places[holder[words[3]]] if holder[words[3]] else way[words[3]][-1]]
-    if words[0] == "Where":                                  # was the milk before the garden
-        been = way[words[3]]
-        return [been[max(i for i, place in enumerate(been) if place == words[6]) - 1]]
-    if words[1] == "is":                                     # What is north of the garden, or is it north of
-        side, known = (words[2], words[5]) if words[-1] != "of" else (opposite[words[4]], words[3])
-        return [a for a, b, c in sides if (b, c) == (side, known)]
-    who, to = words[2] if words[1] == "did" else None, words[-1] if words[-2] == "to" else None
-    what = next((word for word in words if word in babi.THINGS), None)
-    fitting = [gift for gift in gifts if (who or gift[0], to or gift[1], what or gift[2]) == gift]
-    return [gift[2 if not what else 1 if words[1] in ("did", "received") else 0] for gift in fitting]
+    for who, place in places.items():
+        right[f"Where is {who}?"] = [place]
+    for thing, been in way.items():
+        right[f"Where is the {thing}?"] = [places.get(holder[thing]) if holder[thing] else been[-1]]
+        for before, place in itertools.pairwise(been):
+            right[f"Where was the {thing} before the {place}?"] = [before]
+    return right
 
 
 @pytest.mark.parametrize("task", babi.TASKS)
 def test_an_independent_solver_finds_the_same_answers(task):
     asked, ambiguous = babi.spread(simulated(task)[:400]), 0
     for sample in asked:
-        right = solve(sample.facts, sample.question)
+        right = solve(sample.facts)[sample.question]
         assert sample.answer in right
         ambiguous += right[-1] != sample.answer
     assert ambiguous <= (0.01 * len(asked) if task == "qa5" else 0)    # two gifts of one person to another
@@ -844,9 +804,8 @@ def worlds(facts):
                 been[thing] += [at[thing]] if been[thing][-1:] != [at[thing]] else []
         for name in names if possible else ():
             answers[f"Where is {'the ' * (name in babi.THINGS)}{name}? "].add(at[name])
-            latest = {place: i for i, place in enumerate(been[name])}
-            for place, i in latest.items():
-                before = been[name][i - 1] if i else "nowhere"
+            latest = {here: before for before, here in itertools.pairwise(["nowhere", *been[name]])}
+            for place, before in latest.items():
                 answers[f"Where was the {name} before the {place}? "].add(before)
     return answers
 
@@ -857,9 +816,9 @@ def test_everything_that_a_short_text_answers_is_asked_and_nothing_else_is_known
         task = dice.choice(babi.TASKS)
         events = list(itertools.islice(babi.world(dice, task), dice.randint(1, 6)))
         told, asked = [e.text for e in events], babi.everything(events)
+        right = solve(told)
         for question, answer in {**asked["qa4"], **asked["qa5"]}.items():
-            right = solve(told, question.strip())
-            assert answer == (right[-1] if right else babi.UNKNOWN), (told, question)
+            assert answer == [babi.UNKNOWN, *right[question.strip()]][-1], (told, question)
         if task == "qa4" or len({name for e in events for name in (e.who, e.what, e.to) if name}) > 4:
             continue
         by_hand = worlds(told)
@@ -910,8 +869,6 @@ def test_words_of_bAbI_have_ids_that_are_fixed_for_good_and_any_other_falls_into
     assert min(ids) >= OWN_WORDS and max(ids) < WORDS.size == OWN_WORDS + 1024 and len(ids) > 900
     assert WORDS.id("captain") == WORDS.id("CAPTAIN") and WORDS.name(WORDS.id("captain")) == "(another word)"
     assert WORDS.unknown("Mary saw the whale. Ahab saw the milk!") == ["saw", "whale", "Ahab"]
-    stories = [story for task in babi.TASKS for story in babi.simulate(random.Random(0), task, 50)]
-    assert not [line for story in stories for line in story if WORDS.unknown(line.text + (line.answer or ""))]
 
 
 @pytest.fixture
@@ -973,7 +930,7 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, a
         assert np.std(places) == pytest.approx(1 / 12 ** 0.5, abs=0.05)
 
 
-def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_into_a_few_megabytes():
+def test_five_million_words_fit_into_five_megabytes():
     prose = babilong.Background([babilong.PROSE], "train", WORDS)
     tracemalloc.start()
     context = babilong.compose(generator(0, "train"), FACTS, 5_000_000, prose)
@@ -981,10 +938,6 @@ def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n_words == 5_000_000 and peak < 5e6
-    for seed in range(20):                       # entered anywhere, and all of it is read before any is again
-        runs = prose.runs(generator(seed, "train"), int(prose.n_words[-1]))
-        read = [i for first, last, _ in runs for i in range(first, last)]
-        assert sorted(read) == list(range(len(prose.begin) - 1))
 
 
 def test_a_sentence_that_looks_like_a_fact_is_none(library):
@@ -1092,7 +1045,7 @@ def test_a_pass_key_is_stated_as_its_kind_says_in_exactly_the_tokens_asked_for(t
         assert made.show(answer) in [digits for _, digits, _ in told_keys(made.show(context.ravel()))]
 
 
-def test_an_answer_of_five_digits_asked_after_correct_ones_tells_the_same_as_letting_the_model_write_it():
+def test_each_digit_of_an_answer_is_asked_after_the_correct_ones_before_it():
     made = task_of(task="passkey", segment_len=32)
     model = tiny("fam", vocab_size=made.vocab_size, segment_len=32)
     questions, _ = made.questions(dict(length=2, n=5))
@@ -1101,9 +1054,6 @@ def test_an_answer_of_five_digits_asked_after_correct_ones_tells_the_same_as_let
         right = [*question.question, *question.answer[:-1]]
         assert said == [model(torch.tensor(right[:n])[None], state=state)[0].argmax().item()
                         for n in range(10, 15)]
-        written = model.generate(torch.tensor(question.question)[None], 5, state, temperature=0)
-        question = question._replace(answer=written[0, 10:].tolist())
-        assert train.answer(model, [question], "cpu", tqdm(disable=True)) == [question.answer]
 
 
 # --- 3. train.py: flags, folders, stopping and continuing ---------------------------------------------------
@@ -1143,20 +1093,17 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--n_layer two", "n_layer"), ("--layers 2", "--layers"), ("--memory elephant", "memory"),
-    ("--n_head 3", "n_embd"), ("--rule gamma", "published or delta"), ("--window 3", "window"),
-    ("--ablate no_gama", "nothing, no_gamma, no_delta"), ("--memory lm2 --n_mem 17", "n_mem"),
-    ("--task qa21", "task"), ("--lr nan", "lr"), ("--stages 2,x", "stages"), ("--stages 257", "stages"),
-    ("--device tpu", "device"), ("--device cpu:1", "device"), ("--dtype float8", "dtype"),
-    ("--align 8", "align"), ("--memory none --price 1", "price"), ("--task qa1 --stages 2/0/8", "stages"),
-    ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --stages 4/0/32", "stages"),
-    ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
-    ("--like nowhere", "nowhere"), ("--task qa1 --background nowhere.txt", "nowhere"),
-    ("--task qa1 --babi_dir nowhere", "babi_dir"), ("--eval_samples 0", "eval_samples"),
-    ("--memory full --compile 1", "compile"), ("--memory none,rmt --ablate no_delta", "no_delta"),
-    ("--eval_only", "holds no run"), ("--eval_lengths 17", "16 keys"), ("--mem_layers 2", "mem_layers"),
-    ("--memory fam --ablate stop_gradient", "no_copy"), ("--eval_only --like nowhere", "--like"),
-    ("--task qa1 --background .gitignore", "no sentence")])
+    ("--n_layer two", "n_layer"), ("--memory elephant", "memory"), ("--n_head 3", "n_embd"),
+    ("--rule gamma", "published or delta"), ("--window 3", "window"), ("--mem_layers 2", "mem_layers"),
+    ("--ablate no_gama", "nothing, no_gamma, no_delta"), ("--memory fam --ablate stop_gradient", "no_copy"),
+    ("--memory none,rmt --ablate no_delta", "no_delta"), ("--memory lm2 --n_mem 17", "n_mem"),
+    ("--memory none --price 1", "price"), ("--memory full --compile 1", "compile"), ("--lr nan", "lr"),
+    ("--device tpu", "device"), ("--dtype float8", "dtype"), ("--eval_samples 0", "eval_samples"),
+    ("--task qa21", "task"), ("--eval_lengths 17", "16 keys"), ("--align 8", "align"),
+    ("--task qa1 --stages 2/0/8", "stages"), ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
+    ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --babi_dir no", "babi_dir"),
+    ("--task qa1 --background nowhere.txt", "nowhere"), ("--task qa1 --background .gitignore", "no sentence"),
+    ("--eval_only", "holds no run"), ("--eval_only --like nowhere", "--like"), ("--stages 2,x", "stages")])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, named, capsys, tmp_path):
     assert named in fails(capsys, f"{FAST} {flags} --out_dir {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
@@ -1236,10 +1183,8 @@ def test_a_run_that_was_killed_continues_even_where_its_last_row_is_half_written
         file.write('{"kind": "train", "st')                                # a power cut
     run(f"{command} {killed}")
     assert rows_of(whole) == rows_of(killed)
-    good = (killed / "metrics.jsonl").read_bytes()
-    for bad in (b"{\n", b"5\n", b"\xff\n"):
-        (killed / "metrics.jsonl").write_bytes(bad + good)
-        assert "metrics.jsonl, line 1: damaged" in fails(capsys, f"{command} {killed}")
+    (killed / "metrics.jsonl").write_bytes(b"5\n" + (killed / "metrics.jsonl").read_bytes())
+    assert "metrics.jsonl, line 1: damaged" in fails(capsys, f"{command} {killed}")
 
 
 def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, capsys):
@@ -1260,11 +1205,10 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
-    command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2"
-    said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
-    assert "--lr" in said and "step" in said and "stage 2" in said
-    said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
-    assert "1 of 2" in said and "--lr" in capsys.readouterr().out
+    said = fails(capsys, f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2 --lr 100,0.001 "
+                         f"--out_dir {tmp_path}")
+    assert "1 of 2" in said                                                  # the second run goes on
+    assert re.search("no longer finite, at step .* in stage 2: .* --lr", capsys.readouterr().out)
     assert rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
 
 
@@ -1279,14 +1223,9 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     for like in (first, result):
         run(f"train --like {like} --out_dir {tmp_path / 'again'}{like.suffix}")
         assert rows_of(first) == rows_of(f"{tmp_path / 'again'}{like.suffix}")
-    capsys.readouterr()
-    run(f"sample --out_dir {first}")
-    assert capsys.readouterr().out.count("->") == 5
     assert "--facts" in fails(capsys, f"sample --out_dir {first} --facts 'Mary left.'")
     assert "--task" in fails(capsys, f"train --like {first} --task qa1 --out_dir {tmp_path / 'a'}")
     assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
-    other = "--task passkey --segment_len 32"
-    assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
     assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} --task rewrite")
     assert "segment_len" in fails(capsys, f"train --eval_only --out_dir {first} --segment_len 5")
 
@@ -1332,26 +1271,20 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
     assert "torchrun" in fails(capsys, f"{FAST} --seed 0,1 --out_dir {tmp_path}")
 
 
-def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
-    for flag in "01":
-        run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
-            f"--out_dir {tmp_path / flag}")
-    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
-
-
-def test_segments_of_all_lengths_of_a_curriculum_are_compiled(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_compiled_run_is_compiled_at_every_length_and_learns_the_same(tmp_path, monkeypatch):
     """Torch keeps eight versions of a function if it is not told otherwise, and then runs it uncompiled."""
-    compiler, compiled = torch.compile, []
+    compiler, compiled = torch.compile, set()
 
-    def backend(graph, inputs):                                  # runs what it was given, uncompiled
-        compiled.extend(x.shape for x in inputs)
-        return graph.forward
+    def backend(graph, inputs):
+        compiled.update(tuple(x.shape) for x in inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
     monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
-    run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
-        f"--eval_lengths 0 --compile 1 --out_dir {tmp_path}")
-    assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= {*map(tuple, compiled)}
+    for flag in "01":
+        run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
+            f"--eval_lengths 0 --compile {flag} --out_dir {tmp_path / flag}")
+    assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= compiled
+    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
 
 
 # --- 4. sample.py: a memory that is told, reads, and is asked -----------------------------------------------
@@ -1391,7 +1324,6 @@ def test_segments_that_write_nothing_are_read_side_by_side_and_not_again(monkeyp
 
 @pytest.fixture(scope="module")
 def qa(tmp_path_factory):
-    """A folder with a run of qa1 and a book."""
     folder = tmp_path_factory.mktemp("qa")
     run(f"{FAST} --task qa1+qa4 --align 8 --stages 2/0 --eval_lengths 0 --out_dir {folder / 'run'}")
     (folder / "book.txt").write_text("Ä" * 7 + " " + babilong.prose(120, seed="a book"), encoding="utf-8")
@@ -1428,10 +1360,8 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     assert said[0] == said[2] and len(said[0]) == 2 and said[1] == []
     good = torch.load(good, weights_only=True)
     state, tail, words_read = good["memory"]
-    for change in (dict(seal="x"), dict(memory=()), dict(memory=((), tail, words_read)),
-                   dict(memory=(state, tail, words_read + 1)), dict(memory=(state, "tail", words_read)),
-                   *(dict(memory=(armt.state_map(f, state), tail, words_read))
-                     for f in (lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
+    for change in (dict(seal="x"), dict(memory=()), dict(memory=(state, tail, words_read + 1)),
+                   dict(memory=(armt.state_map(torch.Tensor.half, state), tail, words_read))):
         torch.save(good | change, qa / "bad.pt")
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
@@ -1439,8 +1369,7 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
                         (f"--facts 'Mary left.' --written x.no --save_state {qa / 'kept.pt'}", "--written"),
                         ("--load_state ''", "--load_state"),
                         (f"--save_state {qa / 'nowhere' / 'x.pt'}", "--save_state"),
-                        (f"--save_state {qa}", "--save_state"),
-                        ("--load_state nowhere.pt", "nowhere.pt")):
+                        (f"--save_state {qa}", "--save_state")):
         assert named in fails(capsys, f"{command} {flag} {ask}")
     assert not (qa / "kept.pt").exists()                     # said before anything is read
     assert "one question" in fails(capsys, f"{command} --ask 'John left. Where is John?'")
@@ -1530,7 +1459,6 @@ def test_the_shipped_memory_answers_all_five_kinds_of_question_and_says_what_it_
 
 
 def test_every_command_of_the_readme_parses_and_those_of_a_page_have_the_settings_of_its_rows(monkeypatch):
-    """Those of train.py and sample.py, in the README and in results/."""
     monkeypatch.chdir(TOP)
     files = ("background", "eval_text", "babi_dir")                        # downloads: they may not be here
     free, found = {*train.FREE, "seed", "vocab"}, 0
@@ -1574,7 +1502,7 @@ def test_every_table_of_accuracies_is_that_of_the_rows(capsys):
 def test_the_memory_in_the_readme_trains_and_can_be_used(tmp_path, monkeypatch, capsys):
     (tmp_path / "fade.py").write_text(FADE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(MEMORIES, "fade", None)                            # nobody else shall find it there
+    monkeypatch.delitem(MEMORIES, "fade")                                  # it registers itself
     for line in (f"{FAST} --memory fade --stages 2 --eval_lengths 2", "sample"):
         monkeypatch.setattr(sys, "argv", ["fade.py", *line.split(), "--out_dir", "run"])
         runpy.run_path("fade.py", run_name="__main__")
