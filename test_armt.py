@@ -1063,6 +1063,9 @@ def test_an_answer_of_five_digits_asked_after_correct_ones_tells_the_same_as_let
         right = [*question.question, *question.answer[:-1]]
         assert said == [model(torch.tensor(right[:n])[None], state=state)[0].argmax().item()
                         for n in range(10, 15)]
+        asked, answer = torch.tensor([question.question]), torch.tensor([question.answer])
+        logits, loss = train.ask(model, asked, answer, state)
+        assert_close(loss, nn.functional.cross_entropy(logits[0], answer[0]))
         written = model.generate(torch.tensor(question.question)[None], 5, state, temperature=0)
         question = question._replace(answer=written[0, 10:].tolist())
         assert train.answer(model, [question], "cpu", tqdm(disable=True)) == [question.answer]
