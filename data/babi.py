@@ -280,9 +280,9 @@ QUESTIONS = dict(                                     # in the order from which 
     qa3=[f"Where was the {what} before the {place}? " for what in THINGS for place in PLACES],
     qa4=[question for side in OPPOSITE for place in PLACES for question in (
         f"What is {side} of the {place}?", f"What is the {place} {OPPOSITE[side]} of?")],
-    qa5=list(dict.fromkeys(question for a in PEOPLE for what in THINGS for question in (
+    qa5=[question for a in PEOPLE for what in THINGS for question in (                # some more than once
         f"Who gave the {what}? ", f"Who received the {what}? ", f"Who gave the {what} to {a}? ",
-        f"Who did {a} give the {what} to? ", *(f"What did {a} give to {b}? " for b in PEOPLE if a != b)))))
+        f"Who did {a} give the {what} to? ", *(f"What did {a} give to {b}? " for b in PEOPLE if a != b))])
 
 
 def everything(events):
