@@ -39,8 +39,7 @@ class Sample(NamedTuple):
 
 # --- The published files ------------------------------------------------------------------------------------
 
-FACT = re.compile(r"([1-9]\d*) ([^\t?]*[^\t? ])")
-QUESTION = re.compile(r"([1-9]\d*) ([^\t]*\? ?)\t([^\t]*[^\t ])\t(\d+(?: \d+)*)")
+LINE = re.compile(r"([1-9]\d*) (?:([^\t?]*[^\t? ])|([^\t]*\? ?)\t([^\t]*[^\t ])\t(\d+(?: \d+)*))")
 
 
 def read_stories(path):
@@ -52,21 +51,21 @@ def read_stories(path):
     stories = []
     whole = Path(path).read_text(encoding="utf-8-sig", errors="replace")     # "\ufffd" for what is not UTF-8
     for n, line in enumerate(whole.removesuffix("\n").split("\n"), start=1):
-        fact, question = FACT.fullmatch(line), QUESTION.fullmatch(line)
-        if "\ufffd" in line or not fact and not question:
+        parts = LINE.fullmatch(line)
+        if "\ufffd" in line or not parts:
             raise ValueError(f"{path}, line {n}: expected 'NUMBER fact' or 'NUMBER question?<TAB>answer<TAB>"
                              f"supporting line numbers', found {line[:60]!r}")
-        number, text, *rest = (fact or question).groups()
+        number, fact, question, answer, support = parts.groups(default="")
         if number == "1":
             stories.append([])
-        if not stories or int(number) != len(stories[-1]) + 1:
-            raise ValueError(f"{path}, line {n}: the line is numbered {number}, expected "
-                             f"{len(stories[-1]) + 1 if stories else 1}")
-        support = tuple(map(int, rest[1].split())) if question else ()
+        due = len(stories[-1]) + 1 if stories else 1
+        if int(number) != due:
+            raise ValueError(f"{path}, line {n}: the line is numbered {number}, expected {due}")
+        support = tuple(map(int, support.split()))
         for s in support:
             if not 1 <= s <= len(stories[-1]) or stories[-1][s - 1].answer is not None:
                 raise ValueError(f"{path}, line {n}: support {s} is not an earlier fact of the story")
-        stories[-1].append(Line(text, rest[0], support) if question else Line(text))
+        stories[-1].append(Line(fact or question, answer or None, support))
     if not any(line.answer for story in stories for line in story):
         raise ValueError(f"{path}: there is no question in it")
     return stories
@@ -149,8 +148,7 @@ def world(dice, task):
         return
     actors = GIVERS if task == "qa5" else ACTORS
     things = [] if task == "qa1" else THINGS
-    at = {name: dice.choice(PLACES) for name in [*actors, *things]}    # a thing's place, if nobody holds it
-    holder = dict.fromkeys(things)
+    at = {name: dice.choice(PLACES) for name in [*actors, *things]}      # what is held is at its holder
 
     def attempt():
         """Somebody wants to do something. None if it cannot be done: then the dice are thrown again."""
@@ -158,35 +156,24 @@ def world(dice, task):
         if action == "move":
             place = dice.choice(PLACES)
             return Event(action, who, place=place) if place != at[who] else None
-        if action == "get":
-            within_reach = [what for what in things if holder[what] is None and at[what] == at[who]]
-        else:
-            within_reach = [what for what in things if holder[what] == who]
+        within_reach = [what for what in things if at[what] == (at[who] if action == "get" else who)]
         return Event(action, who, dice.choice(within_reach)) if within_reach else None
 
     def gift():
         """Whoever is not alone may give his first thing to the first other; a gift may only be given on."""
-        near = {who: [other for other in actors if other != who and at[other] == at[who]] for who in actors}
-        held = {who: [what for what in things if holder[what] == who] for who in actors}
-        if last and last.action == "give":
-            held = {last.to: [last.what]}
-        can = [who for who in held if held[who] and near[who]]
-        if not can or dice.random() >= 0.42:
-            return None
-        who = dice.choice(can)
-        return Event("give", who, held[who][0], to=near[who][0])
+        can, gifts = {}, [last.what] if last and last.action == "give" else things
+        for who, what, to in itertools.product(actors, gifts, actors):
+            if at[what] == who != to and at[to] == at[who]:
+                can.setdefault(who, Event("give", who, what, to=to))
+        return dice.choice(list(can.values())) if can and dice.random() < 0.42 else None
 
     last = None
     while True:
         event = gift() if task == "qa5" else None
         while event is None:
             event = attempt()
-        if event.action == "move":
-            at[event.who] = event.place
-        elif event.action == "drop":
-            holder[event.what], at[event.what] = None, at[event.who]
-        else:
-            holder[event.what] = event.to or event.who
+        action, who, what, place, to, _ = event
+        at[what or who] = dict(move=place, get=who, drop=at[who], give=to)[action]
         last = event._replace(text=sentence(dice, task, event))
         yield last
 
@@ -222,35 +209,28 @@ def subject(task, event):
     return event.what if event.action in (("give",) if task == "qa5" else ("get", "drop")) else None
 
 
-def latest(events, fits, start=0):
-    """The index of the latest event from `start` on that fits, or None."""
-    return next((i for i in range(len(events) - 1, start - 1, -1) if fits(events[i])), None)
-
-
 def asks(task, events, about):
     """All that can be asked about a subject of the events, and is answered by them: a list of Ask."""
-    if task == "qa4":
-        i, (_, a, side, b, _, _) = events.index(about), about
-        return [Ask(f"What is {side} of the {b}?", a, (i,)),
-                Ask(f"What is the {b} {OPPOSITE[side]} of?", a, (i,))]
-    last = latest(events, lambda e: subject(task, e) == about)
-    who = events[last].who
+    last = next(i for i in reversed(range(len(events))) if subject(task, events[i]) == about)
+    action, who, what, place, to, _ = events[last]
     if task == "qa1":
-        return [Ask(f"Where is {who}? ", events[last].place, (last,))]
+        return [Ask(f"Where is {who}? ", place, (last,))]
+    if task == "qa4":
+        return [Ask(f"What is {what} of the {place}?", who, (last,)),
+                Ask(f"What is the {place} {OPPOSITE[what]} of?", who, (last,))]
     if task == "qa5":
-        to = events[last].to
         return [Ask(f"What did {who} give to {to}? ", about, (last,), 1 / 3),
                 Ask(f"Who gave the {about}? ", who, (last,), 1 / 6),
                 Ask(f"Who gave the {about} to {to}? ", who, (last,), 1 / 6),
                 Ask(f"Who did {who} give the {about} to? ", to, (last,), 1 / 6),
                 Ask(f"Who received the {about}? ", to, (last,), 1 / 6)]
-    dropped = events[last].action == "drop"
-    end = last if dropped else len(events)                            # from here on the thing was not carried
+    end = last if action == "drop" else len(events)                   # from here on the thing was not carried
+    moves = [i for i in range(end) if events[i].action == "move" and events[i].who == who]
     if task == "qa2":
-        move = latest(events[:end], lambda e: e.action == "move" and e.who == who, 0 if dropped else last)
-        return [] if move is None else [Ask(f"Where is the {about}? ", events[move].place, (last, move))]
-    start = latest(events[:last + 1], lambda e: e.action == "get" and e.what == about)
-    way = [i for i in range(start, end) if events[i].action == "move" and events[i].who == who]
+        return [Ask(f"Where is the {about}? ", events[move].place, (last, move))
+                for move in moves[-1:] if action == "drop" or move > last]
+    got = next(i for i in reversed(range(last + 1)) if events[i].action == "get" and events[i].what == about)
+    way = [i for i in moves if i > got]
     places = [events[i].place for i in way]                       # the thing was carried to these, one by one
     return [Ask(f"Where was the {about} before the {places[j]}? ", places[j - 1], (last, way[j], way[j - 1]),
                 0.75 ** (len(way) - 1 - j))
@@ -279,14 +259,12 @@ def simulate(dice, task, n_stories):
     """Stories as published: two facts, a question if there is one, and so on to the fifth (qa4: first)."""
     stories = []
     for _ in range(n_stories):
-        source, story, events, line_of = world(dice, task), [], [], []    # line_of[i]: the line of event i
-        questions = 1 if task == "qa4" else 5
+        source, story, events, questions = world(dice, task), [], [], 1 if task == "qa4" else 5
         while questions:
-            for event in itertools.islice(source, 2):
-                events.append(event)
-                story.append(Line(event.text))
-                line_of.append(len(story))
+            events += itertools.islice(source, 2)
+            story += [Line(event.text) for event in events[-2:]]
             if ask := question(dice, task, events):
+                line_of = [n for n, line in enumerate(story, start=1) if line.answer is None]
                 story.append(Line(ask.question, ask.answer, tuple(line_of[i] for i in ask.support)))
                 questions -= 1
         stories.append(story)
@@ -295,56 +273,55 @@ def simulate(dice, task, n_stories):
 
 # --- All that a text answers --------------------------------------------------------------------------------
 
+PEOPLE = dict.fromkeys([*ACTORS, *GIVERS])
+QUESTIONS = dict(                                     # in the order from which a training story draws
+    qa1=[f"Where is {who}? " for who in PEOPLE],
+    qa2=[f"Where is the {what}? " for what in THINGS],
+    qa3=[f"Where was the {what} before the {place}? " for what in THINGS for place in PLACES],
+    qa4=[question for side in OPPOSITE for place in PLACES for question in (
+        f"What is {side} of the {place}?", f"What is the {place} {OPPOSITE[side]} of?")],
+    qa5=[question for a in PEOPLE for what in THINGS for question in (                # some more than once
+        f"Who gave the {what}? ", f"Who received the {what}? ", f"Who gave the {what} to {a}? ",
+        f"Who did {a} give the {what} to? ", *(f"What did {a} give to {b}? " for b in PEOPLE if a != b))])
+
+
 def everything(events):
     """
-    All questions about all people, things and places: {task: {question: answer}}, UNKNOWN where the events do
+    All QUESTIONS about all people, things and places: {task: {question: answer}}, UNKNOWN where the events do
     not say. A thing is where its holder is; whoever picks it up is where it lay, whoever is given it is where
     the giver is.
     """
-    new, holder, way, gave, lies = itertools.count(), {}, defaultdict(list), {}, {}
-    at = defaultdict(lambda: next(new))                # a place, or a number as long as it is not named
+    at = {who: who for who in PEOPLE}           # a place, or who was there at first, if it is not named yet
+    holder, way, known = {}, {}, {}             # way: all spots where a thing has been, one by one
 
     def meet(a, b):
         """The spots a and b prove to be the same."""
-        a, b = sorted((a, b), key=lambda spot: isinstance(spot, str))
+        a, b = sorted((a, b), key=PLACES.__contains__)
         at.update({who: b for who in at if at[who] == a})
         way.update({thing: [b if spot == a else spot for spot in spots] for thing, spots in way.items()})
 
-    for action, who, what, place, to, _ in events:
+    for event in events:
+        action, who, what, place, to, _ = event
         if action == "lies":
-            lies[what, place], lies[OPPOSITE[what], who] = who, place
-            continue
-        if action == "move":
+            for side in (event, Event("lies", place, OPPOSITE[what], who)):
+                known.update(ask[:2] for ask in asks("qa4", [side], side))
+        elif action == "move":
             at[who] = place
-        elif action == "give":
-            meet(at[who], at[to])
-            gave[f"What did {who} give to {to}? "], gave[f"Who gave the {what} to {to}? "] = what, who
-            gave[f"Who did {who} give the {what} to? "] = gave[f"Who received the {what}? "] = to
-            gave[f"Who gave the {what}? "] = who
-        elif action == "get" and what in way and not holder[what]:
-            meet(at[who], way[what][-1])
-        if action != "move":
+            way.update({thing: [*spots, place] for thing, spots in way.items() if holder[thing] == who})
+        else:
+            if action == "give":
+                meet(at[who], at[to])
+                known.update(ask[:2] for ask in asks("qa5", [event], what))
+            elif action == "get" and what in way and not holder[what]:
+                meet(at[who], way[what][-1])
             holder[what] = dict(get=who, drop=None, give=to)[action]
-            way[what].append(at[who])                          # all spots where it has been, one by one
-        for thing in way if action == "move" else ():
-            if holder[thing] == who:
-                way[thing].append(at[who])
-    named = lambda spot: spot if isinstance(spot, str) else UNKNOWN
-    been = {thing: [named(spot) for spot, _ in itertools.groupby(way[thing])] for thing in THINGS}
-    people, asked = dict.fromkeys([*ACTORS, *GIVERS]), {task: {} for task in TASKS}
-    asked["qa1"] = {f"Where is {who}? ": named(at[who]) for who in people}
-    for thing, places in been.items():
-        asked["qa2"][f"Where is the {thing}? "] = places[-1] if places else UNKNOWN
-        for place in PLACES:                                   # the place before its last stay there
-            last = max((i for i, here in enumerate(places) if here == place), default=0)
-            before = places[last - 1] if last else UNKNOWN
-            asked["qa3"][f"Where was the {thing} before the {place}? "] = before
-    for side, place in itertools.product(OPPOSITE, PLACES):
-        for question in (f"What is {side} of the {place}?", f"What is the {place} {OPPOSITE[side]} of?"):
-            asked["qa4"][question] = lies.get((side, place), UNKNOWN)
-    for a, thing in itertools.product(people, THINGS):
-        for question in (f"Who gave the {thing}? ", f"Who received the {thing}? ",
-                         f"Who gave the {thing} to {a}? ", f"Who did {a} give the {thing} to? ",
-                         *(f"What did {a} give to {b}? " for b in people if a != b)):
-            asked["qa5"][question] = gave.get(question, UNKNOWN)
-    return asked
+            way[what] = [*way.get(what, []), at[who]]
+    named = lambda spot: spot if spot in PLACES else UNKNOWN
+    known.update((f"Where is {who}? ", named(spot)) for who, spot in at.items())
+    for thing, spots in way.items():
+        spots = [spot for spot, _ in itertools.groupby(spots)]
+        known[f"Where is the {thing}? "] = named(spots[-1])
+        known.update((f"Where was the {thing} before the {spot}? ", named(before))      # its last stay there
+                     for before, spot in itertools.pairwise(spots))
+    return {task: {question: known.get(question, UNKNOWN) for question in asked}
+            for task, asked in QUESTIONS.items()}

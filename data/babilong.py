@@ -52,8 +52,7 @@ class Words:
 
     def id(self, word):
         word = word.lower()
-        i = self.ids.get(word)
-        return len(self.names) + zlib.crc32(word.encode()) % BUCKETS if i is None else i
+        return self.ids.get(word, len(self.names) + zlib.crc32(word.encode()) % BUCKETS)
 
     def encode(self, text):
         return [self.id(word) for word in self.split(text)]
@@ -65,13 +64,11 @@ class Words:
         `offset` ids stand before them. differs: the papers cut their text anywhere, which is harder for a
         small model.
         """
-        if not align:
-            return ids
         out = []
         for i in ids:
             out.append(i)
             if 0 < i <= len(MARKS):
-                out += [0] * (-(offset + len(out)) % align)
+                out += [0] * (-(offset + len(out)) % (align or 1))
         return out
 
     def unknown(self, text):
@@ -140,15 +137,15 @@ class Background:
             ids = words.encode(text)
             ends = [i for i, word in enumerate(ids, start=1) if word <= len(MARKS)]
             sentences = [ids[a:b] for a, b in itertools.pairwise([0, *ends, len(ids)]) if a < b]
+            end = len(sentences) * 9 // 10
             if not built_in:
-                end = len(sentences) * 9 // 10
                 sentences = dict(train=sentences[:end], val=sentences[end:], test=sentences)[part]
             long = [words.pad(change(s), align) for s in sentences if len(s) >= SHORTEST]
             if not long:
                 raise ValueError(f"{file}: no sentence of {SHORTEST - 1} or more words for its {part} part")
             flat += long
         self.ids, self.align = np.concatenate(flat).astype(np.int64), align
-        self.begin = np.cumsum([0] + [len(s) for s in flat])              # where sentence i begins, in tokens
+        self.begin = np.cumsum([0, *map(len, flat)])                      # where sentence i begins, in tokens
         self.n_words = np.concatenate(([0], np.cumsum(self.ids > len(MARKS))))    # words before token t
 
     def runs(self, rng, n_words):
@@ -159,12 +156,11 @@ class Background:
         """
         first = int(rng.integers(len(self.begin) - 1))
         while n_words > 0:
-            start, last, stop = self.begin[first], len(self.begin) - 1, self.begin[-1]
-            if self.n_words[stop] - self.n_words[start] > n_words:
-                stop = np.searchsorted(self.n_words, self.n_words[start] + n_words)
-                last = int(np.searchsorted(self.begin, stop))
-            n_words -= int(self.n_words[stop] - self.n_words[start])
-            yield first, last, int(stop)
+            before, stop = self.n_words[self.begin[first]], self.begin[-1]
+            if self.n_words[stop] - before > n_words:
+                stop = np.searchsorted(self.n_words, before + n_words)
+            n_words -= int(self.n_words[stop] - before)
+            yield first, int(np.searchsorted(self.begin, stop)), int(stop)
             first = 0
 
 

@@ -72,9 +72,9 @@ def unpack(archive, wanted, folder):
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                for name in wanted:
-                    if member.isfile() and f"/{member.name}".endswith(f"/{name}"):
-                        found[name] = tar.extractfile(member).read()
+                name = "/".join(Path(member.name).parts[-2:])
+                if member.isfile() and name in wanted:
+                    found[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
         raise ValueError(f"{archive}: not a whole archive ({e}); the same command fetches it again") from None
     for name, digest in wanted.items():

@@ -39,11 +39,10 @@ def write_atomically(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except BaseException as e:
+    except RuntimeError as e:                            # of torch.save, where a disk is full
+        raise OSError(f"cannot write {path}: {e}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError):                  # of torch.save, where a disk is full
-            raise OSError(f"cannot write {path}: {e}") from None
-        raise
 
 
 def read_rows(folder):

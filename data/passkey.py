@@ -47,19 +47,18 @@ class PassKey(InText):
         return self.words.encode(text)
 
     def context(self, rng, n_tokens, text):
-        """One context as a list of arrays, and its key (5,)."""
-        free, told, false = n_tokens, [], self.place == "decoys"
+        """One context as a list of arrays, and its key as ids (5,)."""
+        free, told, pieces = n_tokens, [], []
         keys = rng.integers(10, size=(dict(decoys=4, rewritten=3).get(self.place, 1), DIGITS))
         for key in keys:
-            ids = self.statement(key, false=false and len(told) > 0)
+            ids = self.statement(key, false=self.place == "decoys" and len(told) > 0)
             if free >= len(ids):
                 told, free = [*told, ids], free - len(ids)
         places = np.sort(rng.integers(free + 1, size=len(told))) if self.place else np.zeros(1, dtype=int)
-        pieces, end = [], 0
-        for place, ids in zip(places, told):
-            pieces += [*filler(rng, place - end, text), np.array(ids)]
-            end = place
-        return pieces + filler(rng, free - end, text), keys[len(told) - 1 if self.place == "rewritten" else 0]
+        for before, ids in zip(np.diff(places, prepend=0), told):
+            pieces += [*filler(rng, before, text), np.array(ids)]
+        pieces += filler(rng, free - places[-1], text)
+        return pieces, self.digits[keys[len(told) - 1 if self.place == "rewritten" else 0]]
 
     def check(self, config, training=True):
         super().check(config, training)
@@ -70,22 +69,16 @@ class PassKey(InText):
     def batch(self, rng, size, stage):
         """`size` contexts of one length, with one question each; its answers have five ids."""
         n = int(rng.integers(min(2, stage[0]), stage[0] + 1))
-        rows, answers = [], np.empty((size, 1, DIGITS), dtype=np.int64)
-        for i in range(size):
-            pieces, key = self.context(rng, n * self.segment_len, self.text("train"))
-            answers[i, 0] = self.digits[key]
-            rows.append(np.concatenate(pieces))
-        questions = np.broadcast_to(self.question, (size, 1, len(self.question)))
-        return Batch(np.stack(rows).reshape(size, n, -1), questions, answers)
+        made = [self.context(rng, n * self.segment_len, self.text("train")) for _ in range(size)]
+        context = np.stack([np.concatenate(pieces) for pieces, _ in made]).reshape(size, n, -1)
+        return Batch(context, np.tile(self.question, (size, 1, 1)), np.stack([[key] for _, key in made]))
 
     def cells(self, config):
         return [dict(length=length, n=n, **self.where) for length, n in eval_points(config)]
 
     def questions(self, cell):
         """Fresh contexts in text that training has not seen."""
-        length, out = cell["length"], []
-        for i in range(cell["n"]):
-            rng = generator(0, "test", length, i)
-            context, key = self.context(rng, length * self.segment_len, self.text("eval"))
-            out.append(Question(context, self.question, self.digits[key].tolist()))
-        return out, 0
+        length, text = cell["length"], self.text("eval")
+        made = [self.context(generator(0, "test", length, i), length * self.segment_len, text)
+                for i in range(cell["n"])]
+        return [Question(context, self.question, key.tolist()) for context, key in made], 0

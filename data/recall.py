@@ -59,9 +59,8 @@ class Recall:
         else:
             keys = rng.permuted(np.tile(np.arange(n_keys), (size, 1)), axis=1)[:, :n_pairs]           # (B, n)
         values = rng.integers(ALPHABET, size=(size, n_pairs))                                         # (B, n)
-        pairs = np.empty((size, n_pairs, self.key_size + 3), dtype=np.int64)
-        pairs[..., :self.key_size] = spell(keys, self.key_size)
-        pairs[..., self.key_size:] = np.stack(np.broadcast_arrays(TELL, SYMBOLS[values], END), axis=-1)
+        told = np.stack(np.broadcast_arrays(TELL, SYMBOLS[values], END), axis=-1)
+        pairs = np.concatenate((spell(keys, self.key_size), told), axis=-1)
 
         latest = np.full((size, n_keys), -1)                          # place of a key's last pair, -1: never
         latest[np.arange(size)[:, None], keys] = np.arange(n_pairs)   # numpy keeps the last of equal indices

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 LOOK = dict(none=("#888888", ":", "x"), full=("#000000", "-", "s"), bswa=("#a05a00", "--", "v"),
             rmt=("#0066cc", "-", "o"), armt=("#d62728", "-", "D"), fam=("#2a9d3a", "--", "^"),
             lm2=("#8e44ad", "-.", "P"))
+DOTTED = (0, (1, 2))
 # ARMT of 137M parameters: BABILong, table 4 (up to 16k tokens), and ARMT, table 1 (beyond: mean, deviation)
 LENGTHS = (0, 1_000, 4_000, 16_000, 128_000, 1_000_000, 10_000_000, 50_000_000)
 PAPER = dict(
@@ -32,13 +33,14 @@ PAPER = dict(
     qa3=((97, 0), (85, 0), (92, 0), (92, 0), (86.0, 4.8), (72.1, 14.2), (37.0, 10.3)),
     qa4=((100, 0), (99, 0), (100, 0), (100, 0), (100.0, 0.1), (99.8, 0.3), (91.5, 1.7)),
     qa5=((100, 0), (99, 0), (98, 0), (98, 0), (98.7, 0.4), (97.3, 0.6), (80.9, 7.6)))
-plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-                     "svg.hashsalt": "armt", "figure.dpi": 100})
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100,
+                     "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "armt"})
 
 
-def look(memory):
-    colour, line, marker = LOOK.get(memory, ("#444444", "-", "."))
-    return dict(color=colour, linestyle=line, marker=marker, label=memory)
+def look(memory, **other):
+    """How a memory is drawn, as arguments of `line`."""
+    colour, dashes, marker = LOOK.get(memory, ("#444444", "-", "."))
+    return dict(color=colour, linestyle=dashes, marker=marker, label=memory) | other
 
 
 def by_length(runs):
@@ -76,26 +78,23 @@ def save(figure, file):
 
 def pairs():
     """Accuracy against the number of pairs and of updates, one line a memory."""
-    own = dict(remember=[(memory, "own", f"remember-{memory}") for memory in ("rmt", "fam", "lm2")],
-               rewrite=[("armt", "pass", "rewrite-armt-pass_state0.9")])
+    panels = (("remember", "pairs", (1.8, 17.5), (2, 4, 8, 16), ("rmt/own", "fam/own", "lm2/own")),
+              ("rewrite", "updates (trained on 2 to 50)", (13, 600), (16, 50, 100, 200, 500), ("armt/pass",)))
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), sharey=True)
-    for axis, task, title in zip(axes, ("remember", "rewrite"),
-                                 ("remember: pairs", "rewrite: updates (trained on 2 to 50)")):
-        for name, runs in groups(HERE / "compare", task).items():
+    for axis, (task, title, limits, ticks, own) in zip(axes, panels):
+        for runs in groups(HERE / "compare", task).values():
             line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
-        for memory, folder, name in own[task]:
-            line(axis, by_length(groups(HERE / memory / folder)[name]), **{
-                **look(memory), "linestyle": (0, (1, 2)), "label": f"{memory}, own recipe"})
-        axis.set_xlim(*dict(remember=(1.8, 17.5), rewrite=(13, 600))[task])
+        for folder in own:
+            (runs,), memory = groups(HERE / folder).values(), folder.partition("/")[0]
+            line(axis, by_length(runs), **look(memory, linestyle=DOTTED, label=f"{memory}, own recipe"))
         axis.set_xscale("log", base=2)
-        ticks = dict(remember=(2, 4, 8, 16), rewrite=(16, 50, 100, 200, 500))[task]
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.axhline(6.25, color="#bbbbbb", linewidth=1)
-        axis.set(xlabel=title, ylim=(-2, 103))
+        axis.set(xlabel=f"{task}: {title}", xlim=limits, ylim=(-2, 103))
     axes[0].set_ylabel("accuracy, % (mean, and all seeds)")
     lines = {label: one for axis in axes for one, label in zip(*axis.get_legend_handles_labels())}
-    axes[1].legend(lines.values(), lines, frameon=False, fontsize=9, loc=(1.02, 0.1))
+    axes[1].legend(lines.values(), lines, loc=(1.02, 0.1))
     return save(figure, HERE / "figures" / "pairs.svg")
 
 
@@ -111,7 +110,7 @@ def words():
             kept = [dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part
                                and row["cell"].get("segment_len", 8) == tokens])
                     for run in found[folder][f"babilong-{memory}"]]
-            line(axis, by_length(kept), **look(memory) | style)
+            line(axis, by_length(kept), **look(memory, **style))
         mean, spread = zip(*PAPER[part])
         axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#555555", marker="s",
                       linestyle=":", capsize=3, label="paper: ARMT of 137M, cut anywhere")
@@ -119,7 +118,7 @@ def words():
         axis.set(title=part, xlabel="words (paper: tokens)", ylim=(0, 104))
         axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
     axes[0].set_ylabel("accuracy, %")
-    axes[3].legend(frameon=False, fontsize=9, loc="lower left")
+    axes[3].legend(loc="lower left")
     return save(figure, HERE / "figures" / "words.svg")
 
 
@@ -132,21 +131,20 @@ def forget():
              ("published", "gated_z", "hardsigmoid", 0.01): ("the same, z gated", "#2a9d3a", "--", "s"),
              ("delta", "nothing", "hardsigmoid", 0.01): ("the same, no z (delta)", "#d62728", "-", "D")}
     rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
-    for kind, (label, colour, dashes, marker) in kinds.items():
-        mine = [r for r in rows if (r["rule"], r["ablate"], r["gate"], r["price"]) == kind]
-        for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)):
+    for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)):
+        for kind, (label, colour, dashes, marker) in kinds.items():
             cells = {}
-            for row in mine:
-                cells.setdefault(row["segments"] or 0.5, []).append(scale * row[field])
+            for row in rows:
+                if (row["rule"], row["ablate"], row["gate"], row["price"]) == kind:
+                    cells.setdefault(row["segments"], []).append(scale * row[field])
             line(axis, cells, color=colour, linestyle=dashes, marker=marker, markersize=5, label=label)
-    for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.5, 16, 256, 4096, 16384], ["0", "16", "256", "4k", "16k"])
         axis.minorticks_off()
         axis.set_xlabel("segments of a book after what was told")
     axes[0].set(ylabel="accuracy, % (mean, and all seeds)", ylim=(0, 103))
     axes[1].set(ylabel="change of the memory, of its size", yscale="symlog", ylim=(0, None))
-    axes[1].legend(frameon=False, fontsize=9, loc="upper left")
+    axes[1].legend(loc="upper left")
     return save(figure, HERE / "figures" / "forget.svg")
 
 
@@ -169,24 +167,22 @@ def curve():
 def capacity():
     """Pairs stored against pairs shown, and at most, against the floats carried."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    folders = [HERE / "compare", *(HERE / "armt" / name for name in ("order", "keys256")),
-               *(HERE / memory / "own" for memory in ("rmt", "fam", "lm2"))]
     shown = set()
-    for folder in folders:
-        for name, runs in groups(folder, "remember").items():
+    for folder in ("compare", "armt/order", "armt/keys256", "rmt/own", "fam/own", "lm2/own"):
+        for runs in groups(HERE / folder, "remember").values():
             memory = runs[0]["config"]["memory"]
             # appendix B of ARMT: n (16 a - 1) / 15 of n pairs; what is not stored is guessed among 16 values
             cells = {n: [n * max(0, 16 * a / 100 - 1) / 15 for a in values]
                      for n, values in by_length(runs).items()}
-            label = memory if memory not in shown else None
+            style = look(memory, label=None if memory in shown else memory)
+            if folder.endswith("own"):
+                style["linestyle"] = DOTTED
             shown.add(memory)
-            style = {**look(memory), "label": label,
-                     **(dict(linestyle=(0, (1, 2))) if folder.name == "own" else {})}
-            if folder.name != "order":
+            if folder != "armt/order":
                 line(axes[0], cells, **style)
             if memory not in ("none", "full"):
                 axes[1].plot([runs[0]["final"]["state_floats"]],
-                             [max(statistics.mean(v) for v in cells.values())], **{**style, "linestyle": ""})
+                             [max(statistics.mean(v) for v in cells.values())], **style | dict(linestyle=""))
     axes[0].plot([2, 256], [2, 256], color="#bbbbbb", linewidth=1)
     for axis, label in zip(axes, ("pairs shown (dotted: own recipe)", "floats carried")):
         axis.set_xscale("log", base=2 if axis is axes[0] else 10)
@@ -196,7 +192,7 @@ def capacity():
     axes[0].set_xticks([2, 4, 8, 16, 32, 64, 128, 256], [2, 4, 8, 16, 32, 64, 128, 256])
     axes[0].set_ylabel("pairs stored (16 values)")
     axes[1].set_title("at most, by the size of the state", fontsize=11)
-    axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    axes[0].legend(loc="upper left")
     return save(figure, HERE / "figures" / "capacity.svg")
 
 
@@ -213,7 +209,7 @@ def page(memory):
             if several:                                  # memories side by side: each in its colour
                 label = name[len(config["task"]) + 1:].replace("-", " ")
                 usual = label in (config["memory"], f"{config['memory']} nothing")
-                style = {**look(config["memory"]), "label": label, "fillstyle": "full" if usual else "none"}
+                style = look(config["memory"], label=label, fillstyle="full" if usual else "none")
             else:
                 kind, _, words = name.partition(f"-{memory}")
                 label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
@@ -229,7 +225,7 @@ def page(memory):
         axis.set(title=folder.name, ylim=(-2, 103),
                  xlabel=dict(remember="pairs", rewrite="updates", qa1="words",
                              babilong="words (mean and range of tasks)").get(task, "segments"))
-        axis.legend(frameon=False, fontsize=8, loc="best" if several else "lower left")
+        axis.legend(fontsize=8, loc="best" if several else "lower left")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
     for axis in axes.flat[len(folders):]:
