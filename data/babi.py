@@ -8,7 +8,6 @@ rules were inferred from the published files: the generator that made them is no
 import itertools
 import re
 import zlib
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
