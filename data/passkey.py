@@ -57,7 +57,7 @@ class PassKey(InText):
         places = np.sort(rng.integers(free + 1, size=len(told))) if self.place else np.zeros(1, dtype=int)
         for before, ids in zip(np.diff(places, prepend=0), told):
             pieces += [*filler(rng, before, text), np.array(ids)]
-        pieces += filler(rng, free - places[-1], text)
+        pieces += filler(rng, n_tokens - sum(map(len, pieces)), text)
         return pieces, self.digits[keys[len(told) - 1 if self.place == "rewritten" else 0]]
 
     def check(self, config, training=True):
