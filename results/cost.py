@@ -175,9 +175,10 @@ def main():
     """The program."""
     parser = argparse.ArgumentParser(prog="python results/cost.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="recall")
-    parser.add_argument("--authors", action="store_true")
-    parser.add_argument("--words", default="", metavar="LENGTHS")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--size", choices=SIZES, default="recall")
+    what.add_argument("--authors", action="store_true")
+    what.add_argument("--words", default="", metavar="LENGTHS")
     args = parser.parse_args()
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)
