@@ -527,6 +527,7 @@ def test_bfloat16_keeps_memories_in_float32_and_means_what_float32_means(memory,
 # --- 2. The data: batches, and associative retrieval --------------------------------------------------------
 
 def task_of(**settings):
+    """The task of a run with these settings."""
     return make_task(train.Config(**settings))
 
 
@@ -551,8 +552,8 @@ def test_batches_are_equal_in_every_process():
 
 
 @pytest.mark.parametrize("task, key_size, n_pairs, n_questions", [
-    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 3, 9),
-    ("rewrite", 1, 50, 5)])
+    ("remember", 1, 16, 3), ("remember", 1, 5, 16), ("remember", 2, 256, 1), ("rewrite", 1, 30, 1),
+    ("rewrite", 1, 3, 9), ("rewrite", 1, 50, 5), ("rewrite", 1, 1, 1)])
 def test_a_slow_replay_gives_the_answers_of_recall(task, key_size, n_pairs, n_questions):
     made = task_of(task=task, stages=str(n_pairs), questions=n_questions, segment_len=key_size + 3)
     batch = made.samples(generator(0, "train"), 30, n_pairs)
@@ -631,12 +632,17 @@ def test_the_reader_gives_back_published_stories_byte_for_byte(tmp_path):
             assert write_stories(stories := babi.read_stories(path)) == written
     assert [sample.question for sample in babi.spread(stories)] == [
         "Where is Mary?", "What is north of the kitchen?", "What is Mary carrying?", "Where is the milk?"]
+    told = ["Mary moved to the bathroom.", "John went to the hallway."]
+    assert babi.story_samples(stories[0]) == [
+        (told, "Where is Mary?", "bathroom"),
+        ([*told, "Mary got the milk there."], "Where is the milk?", "bathroom")]
 
 
 @pytest.mark.parametrize("line, published, broken", [
-    (1, "1 Mary moved", "2 Mary moved"), (2, "2 John", "3 John"), (2, "John", "Jos\xe9"),
-    (3, "\tbathroom\t1", "\tbathroom"), (3, "\tbathroom\t1", "\tbathroom\t4"),
-    (5, "\tbathroom\t4 1", "\tbathroom\t4 3")])
+    (1, "1 Mary moved", "2 Mary moved"), (1, "1 Mary moved", "\n1 Mary moved"), (2, "2 John", "3 John"),
+    (2, "2 John", "02 John"), (3, "Mary? \tbathroom\t1", "Mary? \tbathroom"),
+    (3, "\tbathroom\t1", "\t\t1"), (3, "\tbathroom\t1", "\tbathroom\tone"),
+    (3, "\tbathroom\t1", "\tbathroom\t4"), (5, "\tbathroom\t4 1", "\tbathroom\t4 3"), (2, "John", "Jos\xe9")])
 def test_a_malformed_line_is_refused_with_file_and_line(line, published, broken, tmp_path):
     path = tmp_path / "broken_qa1.txt"
     path.write_bytes(PUBLISHED.replace(published, broken, 1).encode("latin-1"))
@@ -874,6 +880,8 @@ def test_words_of_bAbI_have_ids_that_are_fixed_for_good_and_any_other_falls_into
     assert min(ids) >= OWN_WORDS and max(ids) < WORDS.size == OWN_WORDS + 1024 and len(ids) > 900
     assert WORDS.id("captain") == WORDS.id("CAPTAIN") and WORDS.name(WORDS.id("captain")) == "(another word)"
     assert WORDS.unknown("Mary saw the whale. Ahab saw the milk!") == ["saw", "whale", "Ahab"]
+    stories = [story for task in babi.TASKS for story in babi.simulate(random.Random(0), task, 50)]
+    assert not [line for story in stories for line in story if WORDS.unknown(line.text + (line.answer or ""))]
 
 
 @pytest.fixture
@@ -1118,7 +1126,9 @@ def test_there_are_at_most_forty_flags_and_help_lists_every_ablation_beside_its_
     ("--task qa1 --stages 2/0/8", "stages"), ("--task qa1 --segment_len 64 --stages 4/0/12", "stages"),
     ("--task babilong --stages 2/0 --batch_size 7", "batch_size"), ("--task qa1 --babi_dir no", "babi_dir"),
     ("--task qa1 --background nowhere.txt", "nowhere"), ("--task qa1 --background .gitignore", "no sentence"),
-    ("--eval_only", "holds no run"), ("--eval_only --like nowhere", "--like"), ("--stages 2,x", "stages")])
+    ("--eval_only", "holds no run"), ("--eval_only --like nowhere", "--like"), ("--stages 2,x", "stages"),
+    ("--stages 257", "stages"), ("--task qa1 --stages 4/0/32", "stages"), ("--device cpu:1", "device"),
+    ("--layers 2", "--layers"), ("--like nowhere", "nowhere")])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_nothing_behind(flags, named, capsys, tmp_path):
     assert named in fails(capsys, f"{FAST} {flags} --out_dir {tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
@@ -1198,8 +1208,10 @@ def test_a_run_that_was_killed_continues_even_where_its_last_row_is_half_written
         file.write('{"kind": "train", "st')                                # a power cut
     run(f"{command} {killed}")
     assert rows_of(whole) == rows_of(killed)
-    (killed / "metrics.jsonl").write_bytes(b"5\n" + (killed / "metrics.jsonl").read_bytes())
-    assert "metrics.jsonl, line 1: damaged" in fails(capsys, f"{command} {killed}")
+    good = (killed / "metrics.jsonl").read_bytes()
+    for bad in (b"{\n", b"5\n", b"\xff\n"):
+        (killed / "metrics.jsonl").write_bytes(bad + good)
+        assert "metrics.jsonl, line 1: damaged" in fails(capsys, f"{command} {killed}")
 
 
 def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, capsys):
@@ -1220,10 +1232,11 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
-    said = fails(capsys, f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2 --lr 100,0.001 "
-                         f"--out_dir {tmp_path}")
-    assert "1 of 2" in said                                                  # the second run goes on
-    assert re.search("no longer finite, at step .* in stage 2: .* --lr", capsys.readouterr().out)
+    command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2"
+    said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
+    assert "--lr" in said and "step" in said and "stage 2" in said
+    said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
+    assert "1 of 2" in said and "--lr" in capsys.readouterr().out
     assert rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
 
 
@@ -1238,9 +1251,14 @@ def test_a_grid_trains_what_can_be_and_a_run_is_repeated_like_another(tmp_path, 
     for like in (first, result):
         run(f"train --like {like} --out_dir {tmp_path / 'again'}{like.suffix}")
         assert rows_of(first) == rows_of(f"{tmp_path / 'again'}{like.suffix}")
+    capsys.readouterr()
+    run(f"sample --out_dir {first}")
+    assert capsys.readouterr().out.count("->") == 5
     assert "--facts" in fails(capsys, f"sample --out_dir {first} --facts 'Mary left.'")
     assert "--task" in fails(capsys, f"train --like {first} --task qa1 --out_dir {tmp_path / 'a'}")
     assert "one folder" in fails(capsys, f"train --out_dir {tmp_path / 'a'},{tmp_path / 'b'}")
+    other = "--task passkey --segment_len 32"
+    assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} {other}")
     assert "trained on" in fails(capsys, f"train --eval_only --out_dir {first} --task rewrite")
     assert "segment_len" in fails(capsys, f"train --eval_only --out_dir {first} --segment_len 5")
 
@@ -1286,20 +1304,26 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
     assert "torchrun" in fails(capsys, f"{FAST} --seed 0,1 --out_dir {tmp_path}")
 
 
-@pytest.mark.slow
-def test_a_compiled_run_is_compiled_at_every_length_and_learns_the_same(tmp_path, monkeypatch):
-    """Torch keeps eight versions of a function if it is not told otherwise, and then runs it uncompiled."""
-    compiler, compiled = torch.compile, set()
-
-    def backend(graph, inputs):
-        compiled.update(tuple(x.shape) for x in inputs)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
+def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
     for flag in "01":
-        run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
-            f"--eval_lengths 0 --compile {flag} --out_dir {tmp_path / flag}")
-    assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= compiled
+        run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
+            f"--out_dir {tmp_path / flag}")
     assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
+
+
+def test_segments_of_all_lengths_of_a_curriculum_are_compiled(tmp_path, monkeypatch):
+    """Torch keeps eight versions of a function if it is not told otherwise, and then runs it uncompiled."""
+    compiler, compiled = torch.compile, []
+
+    def backend(graph, inputs):                                  # runs what it was given, uncompiled
+        compiled.extend(x.shape for x in inputs)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
+    run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
+        f"--eval_lengths 0 --compile 1 --out_dir {tmp_path}")
+    assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= {*map(tuple, compiled)}
 
 
 # --- 4. sample.py: a memory that is told, reads, and is asked -----------------------------------------------
@@ -1375,8 +1399,10 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     assert said[0] == said[2] and len(said[0]) == 2 and said[1] == []
     good = torch.load(good, weights_only=True)
     state, tail, words_read = good["memory"]
-    for change in (dict(seal="x"), dict(memory=()), dict(memory=(state, tail, words_read + 1)),
-                   dict(memory=(armt.state_map(torch.Tensor.half, state), tail, words_read))):
+    for change in (dict(seal="x"), dict(memory=()), dict(memory=((), tail, words_read)),
+                   dict(memory=(state, tail, words_read + 1)), dict(memory=(state, "tail", words_read)),
+                   *(dict(memory=(armt.state_map(f, state), tail, words_read))
+                     for f in (lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
         torch.save(good | change, qa / "bad.pt")
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
@@ -1384,7 +1410,8 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
                         (f"--facts 'Mary left.' --written x.no --save_state {qa / 'kept.pt'}", "--written"),
                         ("--load_state ''", "--load_state"),
                         (f"--save_state {qa / 'nowhere' / 'x.pt'}", "--save_state"),
-                        (f"--save_state {qa}", "--save_state")):
+                        (f"--save_state {qa}", "--save_state"),
+                        ("--load_state nowhere.pt", "nowhere.pt")):
         assert named in fails(capsys, f"{command} {flag} {ask}")
     assert not (qa / "kept.pt").exists()                     # said before anything is read
     assert "one question" in fails(capsys, f"{command} --ask 'John left. Where is John?'")

@@ -52,7 +52,8 @@ class Words:
 
     def id(self, word):
         word = word.lower()
-        return self.ids.get(word, len(self.names) + zlib.crc32(word.encode()) % BUCKETS)
+        i = self.ids.get(word)
+        return len(self.names) + zlib.crc32(word.encode()) % BUCKETS if i is None else i
 
     def encode(self, text):
         return [self.id(word) for word in self.split(text)]
@@ -64,11 +65,13 @@ class Words:
         `offset` ids stand before them. differs: the papers cut their text anywhere, which is harder for a
         small model.
         """
+        if not align:
+            return ids
         out = []
         for i in ids:
             out.append(i)
             if 0 < i <= len(MARKS):
-                out += [0] * (-(offset + len(out)) % (align or 1))
+                out += [0] * (-(offset + len(out)) % align)
         return out
 
     def unknown(self, text):
@@ -137,8 +140,8 @@ class Background:
             ids = words.encode(text)
             ends = [i for i, word in enumerate(ids, start=1) if word <= len(MARKS)]
             sentences = [ids[a:b] for a, b in itertools.pairwise([0, *ends, len(ids)]) if a < b]
-            end = len(sentences) * 9 // 10
             if not built_in:
+                end = len(sentences) * 9 // 10
                 sentences = dict(train=sentences[:end], val=sentences[end:], test=sentences)[part]
             long = [words.pad(change(s), align) for s in sentences if len(s) >= SHORTEST]
             if not long:
