@@ -348,6 +348,19 @@ def of_all_processes(sums, row, correct):
     return sum(sums), np.concatenate(row), np.concatenate(correct)
 
 
+def next_batch(c, task, stage, place, before):
+    """
+    The rows of a Batch that this process takes, and their share of its questions, 1 on average. `place` are
+    the numbers of stage and step, `before` is the memory that is there already, or None.
+    """
+    batch = task.batch(generator(c.seed, "train", *place), c.batch_size, stage)
+    known = (batch.answers >= 0) & (batch.answers != task.unknown_id)
+    if before is not None and known.any():        # what its texts do not say, those before them may have said
+        batch.answers[~known] = -1
+    mine = type(batch)(*(x[RANK::WORLD] for x in batch))
+    return mine, (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
+
+
 def train(c, model, task, device, optimizers, p):
     """
     Step until the last stage is over, with a bar, a log and checkpoints. False when Ctrl-C stopped it. `p` is
@@ -371,15 +384,10 @@ def train(c, model, task, device, optimizers, p):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate        # there is one group
             optimizer.zero_grad()
 
-        # a batch, of which each process takes its rows, perhaps read with the memory of the batch before
+        # a batch, its loss, and a step, unless the gradient is not finite
         passed = last and generator(c.seed, "train", stage, p["step"], 1).random() < c.pass_state
         before = p["state"] if passed else None
-        batch = task.batch(generator(c.seed, "train", stage, p["step"]), c.batch_size, stages[stage])
-        known = (batch.answers >= 0) & (batch.answers != task.unknown_id)
-        if before is not None and known.any():    # what its texts do not say, those before them may have said
-            batch.answers[~known] = -1
-        mine = type(batch)(*(x[RANK::WORLD] for x in batch))
-        share = (mine.answers[..., 0] >= 0).sum() * WORLD / (batch.answers[..., 0] >= 0).sum()
+        mine, share = next_batch(c, task, stages[stage], (stage, p["step"]), before)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
             loss, written, row, correct, state = batch_loss(mine, c.price * through, before)
         (loss * share + written).backward()
