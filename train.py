@@ -411,6 +411,7 @@ def train(c, model, task, device, optimizers, p):
         for part, right in shares.items():
             p["sums"][part] = 0.95 * p["sums"].get(part, 0.0) + 0.05 * right
         running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # bias-corrected, as in Adam
+        p["loss"] = 0.95 * p["loss"] + 0.05 * loss if finite else p["loss"]
         p["learned"] = running >= c.learned and (last or p["stage_step"] >= LEAST_STEPS)
         if p["learned"] and not last:
             p.update(stage=stage + 1, stage_step=0, sums={})
@@ -437,8 +438,9 @@ def train(c, model, task, device, optimizers, p):
                          f"{names[stage]}: try a smaller --lr or --muon_lr")
     if p["done"] and not p["learned"]:
         flag = "--last_steps" if last else "--stage_steps"
-        print(f"stage {names[stage]} was not learned ({flag} gives it more time): loss {loss:.2f}, no better "
-              f"than a guess among {np.exp(min(loss, 20)):.1f} answers")
+        loss = min(20.0, p["loss"] / (1 - 0.95 ** p["step"]))
+        print(f"stage {names[stage]} was not learned ({flag} gives it more time): accuracy {running:.1%}, "
+              f"--learned {c.learned}; loss {loss:.2f}, as of a guess among {np.exp(loss):.1f} answers")
     return not (stop or pressed)
 
 
@@ -498,8 +500,8 @@ def one_run(c):
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
     optimizers, rows = make_optimizers(model, c), read_rows(folder)
-    progress = dict(step=0, stage=0, stage_step=0, sums={}, failed=0, seconds=0.0, learned=False,
-                    done=False, state=None)
+    progress = dict(step=0, stage=0, stage_step=0, sums={}, failed=0, seconds=0.0, loss=0.0,
+                    learned=False, done=False, state=None)
     if (folder / "ckpt.pt").exists():
         saved, _, checkpoint = load(folder)
         if "optimizers" not in checkpoint:
