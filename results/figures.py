@@ -118,7 +118,7 @@ def words():
         axis.set(title=part, xlabel="words (paper: tokens)", ylim=(0, 104))
         axis.set_xticks([0.5, 1e3, 1e5, 1e7], ["0", "1k", "100k", "10M"])
     axes[0].set_ylabel("accuracy, %")
-    axes[3].legend(loc="lower left")
+    axes[4].legend(loc=(1.05, 0.3))
     return save(figure, HERE / "figures" / "words.svg")
 
 

@@ -17,8 +17,8 @@ MACHINE = ("out_dir", "device", "threads", "compile", "babi_dir")
 
 
 def thin(curve):
-    """At most 20 rows of a curve, and the last one of each stage."""
-    keep = {round(i * (len(curve) - 1) / 19) for i in range(20)} | {
+    """At most 12 rows of a curve, and the last one of each stage."""
+    keep = {round(i * (len(curve) - 1) / 11) for i in range(12)} | {
         i for i in range(len(curve)) if i + 1 == len(curve) or curve[i]["stage"] != curve[i + 1]["stage"]}
     return [row for i, row in enumerate(curve) if i in keep]
 
