@@ -411,7 +411,7 @@ def train(c, model, task, device, optimizers, p):
         for part, right in shares.items():
             p["sums"][part] = 0.95 * p["sums"].get(part, 0.0) + 0.05 * right
         running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # bias-corrected, as in Adam
-        p["loss"] = 0.95 * p["loss"] + 0.05 * loss if finite else p["loss"]
+        p["loss"] = 0.95 * p["loss"] + 0.05 * float(loss) if finite else p["loss"]
         p["learned"] = running >= c.learned and (last or p["stage_step"] >= LEAST_STEPS)
         if p["learned"] and not last:
             p.update(stage=stage + 1, stage_step=0, sums={})
