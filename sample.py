@@ -36,7 +36,6 @@ from data import numbers
 from data.files import one_line_errors, write_atomically
 from train import Parser, answer, changes, load, make_task, pick_device
 
-MOST_QUIET = 100_000                # segments known not to write; the set is emptied when it is larger
 AHEAD = 64                          # segments read side by side, at most
 PRETRAINED = Path(__file__).parent / "data" / "pretrained"
 HELP = """tell     a sentence with a full stop: Mary went to the kitchen.
@@ -47,38 +46,24 @@ quit     or Ctrl-D"""
 
 
 @torch.no_grad()
-def read_fast(model, segments, state, quiet):
+def read_fast(model, segments, state):
     """
     Read whole segments (S, T) from a state of one row -> (state, {index of a segment that wrote: change of
-    memory}).
-
-    Segments that leave the state unchanged, bit for bit, can be read side by side: read 1, 2, 4, ... rows
-    from the same state, stop at the first that writes, and continue after it. The set `quiet` keeps which
-    segments did not write to which state, so that they need not be read again: give it to the next call.
+    memory}). Segments that leave the state unchanged, bit for bit, can be read side by side: read 1, 2, 4,
+    ... rows from the same state, stop at the first that writes, and continue after it.
     """
-    names, i, ahead, wrote = [segment.tobytes() for segment in segments.cpu().numpy()], 0, 1, {}
-    here = fingerprint(state).encode()
-    while i < len(names):
-        new, end = {}, i                                         # new: segment -> where it occurs first
-        while end < len(names) and len(new) < ahead:
-            if here + names[end] not in quiet:
-                new.setdefault(names[end], end)
-            end += 1
-        if not new:
-            break
-        before = state_map(lambda s: s.expand(len(new), *s.shape[1:]), state)
-        _, _, after = model(segments[[*new.values()]], state=before)
-        first = [*changed(before, after, len(new)), True].index(True)
-        if len(quiet) > MOST_QUIET:
-            quiet.clear()
-        quiet.update(here + name for name in [*new][:first])
-        i, ahead = end, min(2 * ahead, AHEAD)
-        if first < len(new):
-            i, ahead = [*new.values()][first] + 1, 1
-            if len(new) > 1:                                     # beside others its last bits may differ
-                _, _, after = model(segments[i - 1:i], state=state)
-            wrote[i - 1] = float(sum(changes(state, after))) or 1.0       # 1: only a cache changed
-            state, here = after, fingerprint(after).encode()
+    i, ahead, wrote = 0, 1, {}
+    while i < len(segments):
+        rows = segments[i:i + ahead]
+        before = state_map(lambda s: s.expand(len(rows), *s.shape[1:]), state)
+        _, _, after = model(rows, state=before)
+        quiet = [*changed(before, after, len(rows)), True].index(True)    # rows before one that writes
+        i, ahead = i + quiet, min(2 * ahead, AHEAD)
+        if quiet < len(rows):
+            if len(rows) > 1:                                        # beside others its last bits may differ
+                _, _, after = model(segments[i:i + 1], state=state)
+            wrote[i] = float(sum(changes(state, after))) or 1.0               # 1: only a cache changed
+            state, i, ahead = after, i + 1, 1
     return state, wrote
 
 
@@ -105,7 +90,7 @@ class Reader:
 
     def forget(self):
         """Begin again with an empty memory."""
-        self.state, self.tail, self.quiet = self.model.init_state(1), [], set()
+        self.state, self.tail = self.model.init_state(1), []
         self.words_read, self.changes = 0, []              # and how much each segment changed the memory
         self.most = []                                     # the five largest changes: (change, which, ids)
 
@@ -122,7 +107,7 @@ class Reader:
         ids = self.tail + ids
         whole = len(ids) // self.T * self.T                              # the last segment may still continue
         segments = torch.tensor(ids[:whole], dtype=torch.long, device=self.device).view(-1, self.T)
-        self.state, wrote = read_fast(self.model, segments, self.state, self.quiet)
+        self.state, wrote = read_fast(self.model, segments, self.state)
         found = [(size, len(self.changes) + i, segments[i].tolist()) for i, size in wrote.items()]
         self.most, self.tail = sorted(self.most + found)[-5:], ids[whole:]
         self.changes.extend(wrote.get(i, 0.0) for i in range(len(segments)))

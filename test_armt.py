@@ -1334,12 +1334,12 @@ def test_segments_of_all_lengths_of_a_curriculum_are_compiled(tmp_path, monkeypa
 def test_reading_fast_gives_the_state_of_reading_one_segment_after_another(memory, ablate):
     model, idx = tiny(memory, ablate).double(), some_text(20 * T, rows=1)
     for start in (model.init_state(1), model(idx[:, :T + 3])[2]):
-        state, wrote = sample.read_fast(model, idx.view(-1, T), start, set())
+        state, wrote = sample.read_fast(model, idx.view(-1, T), start)
         assert_close(state, model(idx, state=start)[2])
         assert [*wrote] == ([] if memory == "none" else [*range(20)])
 
 
-def test_segments_that_write_nothing_are_read_side_by_side_and_not_again(monkeypatch):
+def test_segments_that_write_nothing_are_read_side_by_side():
     empty, rows = torch.ones(1, 1).double(), []
 
     def model(idx, state):
@@ -1349,18 +1349,13 @@ def test_segments_that_write_nothing_are_read_side_by_side_and_not_again(monkeyp
 
     for loud, expected in (([], [1, 2, 4, 8, 16, 9]), ([0], [1, 1, 2, 4, 8, 16, 8]),
                            ([5, 6, 39], [1, 2, 4, 1, 1, 1, 2, 4, 8, 16, 2, 1]), (list(range(40)), [1] * 40)):
-        segments, quiet, whole = 1 + some_text(40 * T, rows=1).view(-1, T) % (V - 1), set(), empty
+        segments, whole = 1 + some_text(40 * T, rows=1).view(-1, T) % (V - 1), empty
         segments[loud, 0] = 0
         for segment in segments:
             _, _, whole = model(segment[None], whole)
-        for numbers in (expected, [1] * len(loud)):              # what is known to be quiet is not read again
-            rows.clear()
-            state, wrote = sample.read_fast(model, segments, empty, quiet)
-            assert state == whole and rows == numbers and [*wrote] == loud
-        monkeypatch.setattr(sample, "MOST_QUIET", 8)             # a full list begins anew: the same answers
-        quiet = set()
-        assert sample.read_fast(model, segments, empty, quiet)[0] == whole and len(quiet) <= 8 + 16
-        monkeypatch.undo()
+        rows.clear()
+        state, wrote = sample.read_fast(model, segments, empty)
+        assert state == whole and rows == expected and [*wrote] == loud
 
 
 @pytest.fixture(scope="module")

@@ -458,7 +458,7 @@ def answer(model, questions, device, bar):
     return ask(model, asked, answers, state)[0].argmax(-1).tolist()
 
 
-def evaluate(c, model, task, device, answer=answer):
+def evaluate(c, model, task, device):
     """A row of metrics.jsonl for each part of the task and length, if it is not there yet."""
     model.config.segment_len = c.segment_len
     write_rows(c.out_dir, rows := read_rows(c.out_dir))          # drops half a last row
@@ -549,7 +549,7 @@ def one_run(c):
                     **{name: progress[name] for name in ("step", "seconds", "learned")})
 
 
-def main(argv=None, answer=answer):
+def main(argv=None):
     """The program. `argv` is a list of arguments; None takes those of the command line."""
     like, eval_only, runs = parse(argv)
     with one_line_errors("train.py", "stopped; the same command continues"):
@@ -567,7 +567,7 @@ def main(argv=None, answer=answer):
                     if eval_only:
                         model = load(c.out_dir, device := pick_device(c.device))[1]
                         compiled(model, c)
-                        evaluate(c, model, make_task(c), device, answer)
+                        evaluate(c, model, make_task(c), device)
                     else:
                         one_run(c)
             except ValueError as e:
