@@ -5,9 +5,8 @@ Fetch the published bAbI files, four books to train and choose with and four nov
     python -m data.download                      into data/babi, data/books and data/novels
     python -m data.download --out_dir DIR        into DIR/babi, DIR/books and DIR/novels
 
-A download that breaks off is kept as FILE.part, and the same command continues it. All else is checked
-before it is written: the archive's files by their SHA-256 (data/babi.sha256), each text by its title and its
-size.
+All is checked before it is written: the archive's files by their SHA-256 (data/babi.sha256), each text by its
+title and its size. What is there already is not fetched again.
 
 The SHA-256 of qa3's training file of en-10k was not at hand, so that file is not unpacked. Training
 needs none of these files: stories are simulated, and there is a built-in background.
@@ -15,7 +14,7 @@ needs none of these files: stories are simulated, and there is a built-in backgr
 import argparse
 import hashlib
 import http.client
-import os
+import io
 import re
 import tarfile
 import urllib.request
@@ -40,46 +39,38 @@ TEXTS = {         # number at Project Gutenberg, title, bytes of our copy withou
     "novels/vanity_fair.txt": (599, "Vanity Fair", 1_715_864)}
 
 
-def fetch(url, path):
-    """Download url to `path`, through path.part, where a broken one continues. ValueError if it fails."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "armt/1.0", **({"Range": f"bytes={have}-"} if have else {})}
+def fetch(url):
+    """The bytes at a url, with a bar. ValueError if they cannot be had, or not all of them."""
+    content, request = bytearray(), urllib.request.Request(url, headers={"User-Agent": "armt/1.0"})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
-            have = have if answer.status == 206 else 0          # else the server sends all of it again
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                    total=total, initial=have, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            total = int(answer.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, desc=Path(url).name, unit="B", unit_scale=True,
+                      leave=False) as bar:
                 while block := answer.read(1 << 16):
-                    file.write(block)
+                    content += block
                     bar.update(len(block))
-    except (OSError, http.client.HTTPException) as e:           # no network, a broken line, a full disk
-        if getattr(e, "code", 0) == 416:                        # there is nothing after what we have
-            part.unlink()
+    except (OSError, http.client.HTTPException) as e:           # no network, a broken line
         raise ValueError(f"{url}: {e}; is there a network? The same command continues") from None
-    if total is not None and part.stat().st_size != total:
-        raise ValueError(f"{url}: broke off after {part.stat().st_size:,} of {total:,} bytes; "
-                         f"the same command continues")
-    os.replace(part, path)
+    if len(content) < total:
+        raise ValueError(f"{url}: broke off after {len(content):,} of {total:,} bytes; try again")
+    return bytes(content)
 
 
 def unpack(archive, wanted, folder):
     """The `wanted` files, {file: SHA-256}, to `folder`, checked, all or none. ValueError names one."""
     found = {}
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for member in tar:
                 name = "/".join(Path(member.name).parts[-2:])
                 if member.isfile() and name in wanted:
                     found[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
-        raise ValueError(f"{archive}: not a whole archive ({e}); the same command fetches it again") from None
+        raise ValueError(f"bAbI's archive is not whole ({e}); try again") from None
     for name, digest in wanted.items():
         if hashlib.sha256(found.get(name, b"")).hexdigest() != digest:
-            raise ValueError(f"{archive}: {name} is not the published file, or missing (its SHA-256 differs)")
+            raise ValueError(f"bAbI's archive: {name} is not the published file, or missing (SHA-256)")
     for name, content in found.items():
         write(folder / name, content)
 
@@ -107,26 +98,19 @@ def main(argv=None):
     out = parser.parse_args(argv).out_dir
     with one_line_errors("data.download", "stopped; the same command continues"):
         wanted = dict(line.split()[::-1] for line in (HERE / "babi.sha256").read_text().splitlines())
-        archive = out / "babi.tar.gz"
         sha = lambda path: path.exists() and hashlib.sha256(path.read_bytes()).hexdigest()
         if any(sha(out / "babi" / file) != digest for file, digest in wanted.items()):
-            if not archive.exists():
-                try:
-                    fetch(BABI[0], archive)
-                except ValueError as e:
-                    print(f"{e}; trying another address")
-                    fetch(BABI[1], archive)
             try:
-                unpack(archive, wanted, out / "babi")
-            finally:
-                archive.unlink()                                # a bad one is fetched again by the next try
+                archive = fetch(BABI[0])
+            except ValueError as e:
+                print(f"{e}; trying another address")
+                archive = fetch(BABI[1])
+            unpack(archive, wanted, out / "babi")
         print(f"{out / 'babi'}: bAbI v1.2, {len(wanted)} files of en-10k")
         for name, (number, title, size) in TEXTS.items():
-            path, raw = out / name, out / f"{name}.raw"
+            path = out / name
             if not path.exists():
-                fetch(GUTENBERG.format(number=number), raw)
-                text = raw.read_bytes().decode("utf-8", errors="replace")
-                raw.unlink()
+                text = fetch(GUTENBERG.format(number=number)).decode("utf-8", errors="replace")
                 write(path, clean(text, title, size, path.name))
             print(f"{path}: {title}")
         print(f"next: python train.py --eval_only --out_dir data/pretrained --babi_dir {out / 'babi'} "
