@@ -75,11 +75,6 @@ def changed(before, after, rows):
     return loud.tolist()
 
 
-def fingerprint(values):
-    numbers = b"".join(t.detach().cpu().float().numpy().tobytes() for t in tensors(values))
-    return hashlib.sha256(numbers).hexdigest()
-
-
 class Reader:
     """A model and what it has read: the state after all whole segments, and the tail that is not yet one."""
 
@@ -157,7 +152,9 @@ class Reader:
 
     def seal(self, memory):
         """A hash of a memory and of the weights of its model."""
-        return fingerprint((memory, tuple(self.model.parameters())))
+        values = tensors((memory, tuple(self.model.parameters())))
+        return hashlib.sha256(b"".join(t.detach().cpu().float().numpy().tobytes()
+                                       for t in values)).hexdigest()
 
     def save(self, file):
         """Write the memory, and the tail that is not yet a whole segment."""

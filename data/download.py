@@ -53,7 +53,8 @@ def fetch(url):
     except (OSError, http.client.HTTPException) as e:           # no network, a broken line
         raise ValueError(f"{url}: {e}; is there a network? The same command continues") from None
     if len(content) < total:
-        raise ValueError(f"{url}: broke off after {len(content):,} of {total:,} bytes; try again")
+        raise ValueError(f"{url}: broke off after {len(content):,} of {total:,} bytes; the same command "
+                         f"continues")
     return bytes(content)
 
 
@@ -67,10 +68,11 @@ def unpack(archive, wanted, folder):
                 if member.isfile() and name in wanted:
                     found[name] = tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
-        raise ValueError(f"bAbI's archive is not whole ({e}); try again") from None
+        raise ValueError(f"bAbI's archive is not whole ({e}); the same command fetches it again") from None
     for name, digest in wanted.items():
         if hashlib.sha256(found.get(name, b"")).hexdigest() != digest:
-            raise ValueError(f"bAbI's archive: {name} is not the published file, or missing (SHA-256)")
+            raise ValueError(f"bAbI's archive: {name} is not the published file, or missing (its SHA-256 "
+                             f"differs)")
     for name, content in found.items():
         write(folder / name, content)
 
