@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -77,7 +77,6 @@ class Config(GPTConfig):
     out_dir: str = ""               # folder of the run, or of a grid; out/TASK-MEMORY-seedN if left out
 
 
-EVAL = (*FREE, "task", "align", "segment_len", "batch_size")    # what may change in an evaluation
 WHOLE = ("stages", "background", "eval_lengths", "eval_samples", "eval_text", "babi_dir")    # make no grid
 SOURCE = inspect.getsource(GPTConfig) + inspect.getsource(Config)
 NOTES = dict(re.findall(r"^    (\w+): .*?# +(.+)$", SOURCE, re.M))        # {field: its comment}
@@ -140,9 +139,8 @@ def grid(like, runs):
         if like and Task is not find(base["task"])[0]:
             raise ValueError(f"--task: the settings of {like} are for {base['task']}; leave --like out")
         c = Config(**{**settings, **base, "vocab": [], "out_dir": "", **chosen})
-        options = getattr(MEMORIES.get(c.memory), "options", {})
-        for name in set(OPTIONAL) - {*chosen, *options}:        # a task, or --like, has it for another memory
-            setattr(c, name, None)
+        for name in set(OPTIONAL) - {*chosen, *getattr(MEMORIES.get(c.memory), "options", ())}:
+            setattr(c, name, None)                              # a task, or --like, has it for another memory
         words = "task", "memory", "ablate"
         shown = chosen if like else dict(task=c.task, memory=c.memory) | chosen
         name = [like.resolve().name.removesuffix(".json").rsplit("-seed", 1)[0]] if like else []
@@ -164,7 +162,7 @@ def to_evaluate(chosen):
     """The Config of the run in --out_dir, with the flags of an evaluation."""
     saved = read_config(chosen.get("out_dir", "out"))
     c = replace(saved, **{"out_dir": "out", **chosen})
-    if wrong := chosen.keys() - set(EVAL):
+    if wrong := chosen.keys() - {*FREE, "task", "align", "segment_len", "batch_size"}:
         raise ValueError(f"--{min(wrong)}: a model is evaluated as it was trained; leave it out")
     task, trained = make_task(c), make_task(saved)
     if c.task != saved.task and (task.kind != "qa" or not set(task.rows) <= set(trained.rows)):
@@ -225,7 +223,7 @@ def pick_device(name):
 def read_config(path):
     """The Config in a run's folder or results file. Fields that no longer exist are ignored."""
     file = Path(path, "config.json") if Path(path).is_dir() else Path(path)
-    try:
+    with suppress(ValueError, AttributeError, TypeError, RecursionError):
         saved = json.loads(read_text(file))
         saved = saved.get("config", saved)
         config = Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
@@ -235,8 +233,6 @@ def read_config(path):
         fit += [not isinstance(x, bool) for x in vars(config).values()]              # True is an int, too
         if all(fit) and "memory" in saved:
             return config
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        pass
     raise ValueError(f"{path} holds no run: {file.name} is missing or damaged")
 
 
@@ -364,13 +360,13 @@ def next_batch(c, task, stage, place, before):
 def train(c, model, task, device, optimizers, p):
     """
     Step until the last stage is over, with a bar, a log and checkpoints. False when Ctrl-C stopped it. `p` is
-    the progress: whatever a step changes is in it, in the model or in the optimizers, and so in the
-    checkpoint.
+    the progress: what a step changes is there, in the model or in the optimizers, so a checkpoint has it all.
     """
     names, stages, parts = c.stages.split(","), numbers("stages", c.stages), task.rows
     batch_loss, pressed, stop, saved = BatchLoss(model, device), [], 0, 0.0
     if WORLD > 1:
-        batch_loss = torch.nn.parallel.DistributedDataParallel(batch_loss)
+        batch_loss = torch.nn.parallel.DistributedDataParallel(
+            batch_loss, find_unused_parameters="stop_gradient" in c.ablate)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if pressed else pressed.append(1))
     bar = tqdm(initial=p["step"], desc=Path(c.out_dir).name, unit="step", dynamic_ncols=True,
                disable=RANK > 0 or None)
@@ -408,8 +404,7 @@ def train(c, model, task, device, optimizers, p):
         # curriculum: a stage is learned when its worst part is; the last one runs for last_steps
         p["step"], p["stage_step"] = p["step"] + 1, p["stage_step"] + 1
         p["seconds"] += time.time() - began
-        for part, right in shares.items():
-            p["sums"][part] = 0.95 * p["sums"].get(part, 0.0) + 0.05 * right
+        p["sums"] |= {part: 0.95 * p["sums"].get(part, 0.0) + 0.05 * right for part, right in shares.items()}
         running = min(p["sums"].values()) / (1 - 0.95 ** p["stage_step"])        # bias-corrected, as in Adam
         p["loss"] = 0.95 * p["loss"] + 0.05 * float(loss) if finite else p["loss"]
         p["learned"] = running >= c.learned and (last or p["stage_step"] >= LEAST_STEPS)
@@ -423,9 +418,9 @@ def train(c, model, task, device, optimizers, p):
                             f"accuracy {running:.1%}", refresh=False)
         bar.update()
         if p["step"] % 25 == 0 or p["done"] or stage != p["stage"]:
+            number = lambda x: round(x, 5) if np.isfinite(x) else None                # JSON has no nan
             add_row(c.out_dir, kind="train", step=p["step"], stage=names[stage],
-                    seconds=round(p["seconds"], 2), written=round(written, 5),
-                    loss=round(loss, 5) if np.isfinite(loss) else None,
+                    seconds=round(p["seconds"], 2), written=number(written), loss=number(loss),
                     accuracy={part: round(right, 4) for part, right in shares.items()})
         if p["done"] or stage != p["stage"] or stop or time.time() - saved > 60:
             save(c.out_dir, c, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
@@ -469,15 +464,14 @@ def evaluate(c, model, task, device):
         if before := [row for row in done if row["cell"] == cell]:
             print(where, share(before[-1]), "(evaluated before)")
             continue
-        (questions, left_out), said, began = task.questions(cell), [], time.time()
+        (questions, left_out), began = task.questions(cell), time.time()
         batches = [questions[i:i + c.batch_size] for i in range(0, len(questions), c.batch_size)]
         tokens = [[sum(map(len, q.context)) for q in batch] for batch in batches]
         total = sum(len(n) * (max(n) + -max(n) % c.segment_len) for n in tokens)       # with blanks
-        with tqdm(total=total, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
-                  leave=False, disable=None) as bar:
-            for batch in batches:
-                with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"):
-                    said += answer(model, batch, device, bar)
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=c.dtype == "bfloat16"), \
+                tqdm(total=total, desc=f"{cell['length']} {task.unit}", unit="tok", unit_scale=True,
+                     leave=False, disable=None) as bar:
+            said = [ids for batch in batches for ids in answer(model, batch, device, bar)]
         correct = [list(q.answer) == ids for q, ids in zip(questions, said)]
         row = dict(cell=cell, n=len(correct), left_out=left_out, tokens=sum(map(sum, tokens)),
                    seconds=round(time.time() - began, 2),
@@ -494,23 +488,26 @@ def evaluate(c, model, task, device):
 
 # --- The program --------------------------------------------------------------------------------------------
 
-def one_run(c):
-    """Train, or continue training, then evaluate."""
+def one_run(c, eval_only):
+    """Train, or continue training, then evaluate; with --eval_only only that."""
     device, folder, task = pick_device(c.device), Path(c.out_dir), make_task(c)
     torch.manual_seed(c.seed)
-    model = GPT(c).to(device)
+    begun = eval_only or (folder / "ckpt.pt").exists()
+    saved, model, checkpoint = load(folder) if begun else (c, GPT(c), {})
+    model = model.to(device)
+    if eval_only:
+        compiled(model, c)
+        return evaluate(c, model, task, device)
     optimizers, rows = make_optimizers(model, c), read_rows(folder)
     progress = dict(step=0, stage=0, stage_step=0, sums={}, failed=0, seconds=0.0, loss=0.0,
                     learned=False, done=False, state=None)
-    if (folder / "ckpt.pt").exists():
-        saved, _, checkpoint = load(folder)
+    if begun:
         if "optimizers" not in checkpoint:
             raise ValueError(f"--out_dir: {folder} holds weights only, for sample.py and --eval_only")
         for name in ("task", *asdict(c)):        # first the task, from which defaults of others follow
             if name not in FREE and getattr(saved, name) != getattr(c, name):
                 raise ValueError(f"--{name}: the run in {folder} has {getattr(saved, name)}, not "
                                  f"{getattr(c, name)}; choose another --out_dir")
-        model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         progress |= checkpoint["progress"]
@@ -564,12 +561,7 @@ def main(argv=None):
             torch.set_num_threads(c.threads or (usual if os.environ.get("OMP_NUM_THREADS") else 1))
             try:
                 with only_user(c.out_dir) if RANK == 0 else nullcontext():
-                    if eval_only:
-                        model = load(c.out_dir, device := pick_device(c.device))[1]
-                        compiled(model, c)
-                        evaluate(c, model, make_task(c), device)
-                    else:
-                        one_run(c)
+                    one_run(c, eval_only)
             except ValueError as e:
                 if len(configs) == 1:
                     raise
