@@ -94,11 +94,6 @@ def split_heads(x, n_head):
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 
-def merge_heads(y):
-    """(B, H, T, d) -> (B, T, C)"""
-    return y.transpose(1, 2).flatten(2)
-
-
 class CausalSelfAttention(nn.Module):
     """Each token looks at itself and at those before it, in its segment and in a cache of the past."""
 
@@ -115,7 +110,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, mask):
         """q (B, H, T, d), k and v (B, H, S, d), mask bool (T, S), or None for a causal one -> y (B, T, C)"""
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(merge_heads(y))
+        return self.c_proj(y.transpose(1, 2).flatten(2))                          # heads side by side
 
     def forward(self, x, past=None, mask=None):
         """
@@ -265,7 +260,7 @@ class BSWA(Layered):
 # rmt: the Recurrent Memory Transformer (Bulatov et al. 2022, section 3, decoder form).
 #
 #   A segment is read between two copies of the memory. Its tokens see the first copy; the second copy sees
-#   the tokens, and what it has become at the top is the memory of the next segment.
+#   the tokens, and what it has become at the top is the memory of the next segment, which has to wait for it.
 #
 #       [read; h; write] = Transformer([mem_s; x_s; mem_s])        mem_{s+1} = write
 #
@@ -273,7 +268,6 @@ class BSWA(Layered):
 #   Memory tokens of a copy see each other both ways, as in the authors' code of 2022.
 #   ablate  one_way: they see only those before them, as in the code of 2024
 #           stop_gradient: the memory is a constant for the next segment, the paper's BPTT of depth 0
-#   Other memories stay in their layers; here segment s + 1 has to wait until s has passed all layers.
 #   The write tokens are taken after the final LayerNorm, as in the authors' code.
 
 class RMT(Layered):
@@ -289,9 +283,7 @@ class RMT(Layered):
 
     def transform(self, mem, x, *write):
         """[mem; x; write], or [mem; x] for a question, through all layers: the same shape after ln_f"""
-        M = mem.size(1)
-        x = torch.cat((mem, x, *write), dim=1)
-        mask = None
+        M, x, mask = mem.size(1), torch.cat((mem, x, *write), dim=1), None
         if "one_way" not in self.blocks[0].ablate:
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
             mask[:M, :M] = True
@@ -372,16 +364,13 @@ class ARMTBlock(Block):
         return q @ A / overlap, overlap
 
     def write(self, u, A, z=None):
-        """
-        Memory tokens u (B, M, C), which all see the same A and z -> (A, z), or (A,) without z. Without
-        gradient A is written in place (GPT.forward gives each call its own copy), except in compiled code,
-        which a CUDA graph could then not capture.
-        """
+        """Memory tokens u (B, M, C), which all see the same A and z -> (A, z), or (A,) without z"""
         k, beta = self.phi(self.W_K(u)), self.gate(self.w_beta(u))                # (B, M, D) (B, M, 1)
         v = self.W_V(u).to(k.dtype)                                               # (B, M, C)
         vbar, overlap = self.lookup(k, A, z)                                      # (B, M, C) (B, M, 1)
         if "no_delta" not in self.ablate:
             v = v - vbar
+        # without gradient into A itself, GPT.forward's own copy; but a CUDA graph could not capture that
         in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
@@ -419,10 +408,9 @@ class ARMT(Layered):
         self.mem = nn.Parameter(torch.randn(config.n_mem, config.n_embd) * EMBEDDING_STD)    # (M, C)
 
     def forward(self, x, state):
-        B, T, _ = x.shape
-        x = torch.cat((x, self.mem.expand(B, -1, -1)), dim=1)    # the same M vectors in every segment
-        h, state = super().forward(x, state)                                      # (B, T + M, C)
-        return h[:, :T], state
+        mem = self.mem.expand(len(x), -1, -1)                    # the same M vectors in every segment
+        h, state = super().forward(torch.cat((x, mem), dim=1), state)             # (B, T + M, C)
+        return h[:, :x.size(1)], state
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -535,7 +523,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, m):
         """x (B, R, C), m (B, S, C) -> (B, R, C)"""
         q, k, v = (split_heads(h, self.n_head) for h in (self.W_Q(x), self.W_K(m), self.W_V(m)))
-        return merge_heads(F.scaled_dot_product_attention(q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Gate(nn.Module):
@@ -701,7 +689,7 @@ class GPT(nn.Module):
             raise ValueError(f"idx {tuple(idx.shape)} needs at least one token, and targets of its own shape")
         state = self.init_state(len(idx)) if state is None else state
         if not torch.is_grad_enabled():
-            state = state_map(torch.clone, state)     # armt writes into it, where no gradient needs it
+            state = state_map(torch.clone, state)                 # armt writes into it
         segments, hidden = idx.split(self.config.segment_len, dim=1), []
         for segment in segments:                                  # time: one segment after another
             question = not write and segment is segments[-1]

@@ -152,15 +152,13 @@ class Reader:
 
     def seal(self, memory):
         """A hash of a memory and of the weights of its model."""
-        values = tensors((memory, tuple(self.model.parameters())))
-        return hashlib.sha256(b"".join(t.detach().cpu().float().numpy().tobytes()
-                                       for t in values)).hexdigest()
+        parts = tensors((memory, tuple(self.model.parameters())))
+        return hashlib.sha256(b"".join(t.detach().cpu().float().numpy().tobytes() for t in parts)).hexdigest()
 
     def save(self, file):
         """Write the memory, and the tail that is not yet a whole segment."""
         memory = self.state, torch.tensor(self.tail, dtype=torch.long), torch.tensor(self.words_read)
-        saved = dict(memory=memory, seal=self.seal(memory))
-        write_atomically(file, lambda path: torch.save(saved, path))
+        write_atomically(file, lambda path: torch.save(dict(memory=memory, seal=self.seal(memory)), path))
 
     def load(self, file):
         """Continue from a memory that `save` wrote. ValueError if it is none, or another model's."""
@@ -230,14 +228,12 @@ def converse(reader):
                 began, before = time.time(), reader.words_read
                 reader.read(line[5:].strip())
                 print(f"read {reader.words_read - before:,} words in {time.time() - began:.1f} s")
-            elif line.endswith("?"):
+            elif line.endswith((".", "?")):
                 told, stop, question = line.rpartition(".")
                 reader.warn(told)
                 reader.tell(told + stop)
-                reply(reader, question.strip(), as_json=False)
-            elif line.endswith("."):
-                reader.warn(line)
-                reader.tell(line)
+                if question:
+                    reply(reader, question.strip(), as_json=False)
             elif line:
                 print(HELP)
         except (ValueError, OSError) as e:
@@ -290,7 +286,7 @@ def main(argv=None):
                     raise ValueError(f"--{name}: {config.task} has no text to be told; leave it out")
             return show_samples(config, model, task, device)
         if args.json and not (args.ask or args.save_state):
-            raise ValueError("--json: a conversation has none; see --ask")
+            raise ValueError("--json: without --ask there are no answers to print")
         reader = Reader(config, model, task, device)
         for flag, write in (("save_state", reader.save), ("written", reader.draw)):
             if file := getattr(args, flag):

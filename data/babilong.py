@@ -90,28 +90,26 @@ class Words:
 
 # --- Background text ----------------------------------------------------------------------------------------
 
-GRAMMAR = {
-    "S": ["NP VP and NP VP .", "NP VP because NP VP .", "when NP VP , NP VP .", "ADV , NP VP with NP .",
-          "NP who VP had never VP , and NP VP .", "the N NEVER VP ADV , said NP to NP .",
-          "it was TIME when NP VP near NP .", "NP VP , but nobody asked NP why the N had VP .",
-          "where had NP gone before NP VP ADV ?"],
-    "NP": ["the N", "the A N", "a A N", "the N of the N", "an old N", "his A N", "her N", "NAME",
-           "their N and the N"],
-    "VP": ["V NP", "V the N ADV", "V NP in the N", "V to the N", "V the A N for NP", "V past the N near NP"],
-    "N": """captain letter sister sea window doctor horse street candle story river winter question lamp
+GRAMMAR = dict(
+    S=["NP VP and NP VP .", "NP VP because NP VP .", "when NP VP , NP VP .", "ADV , NP VP with NP .",
+       "NP who VP had never VP , and NP VP .", "the N NEVER VP ADV , said NP to NP .",
+       "it was TIME when NP VP near NP .", "NP VP , but nobody asked NP why the N had VP .",
+       "where had NP gone before NP VP ADV ?"],
+    NP=["the N", "the A N", "a A N", "the N of the N", "an old N", "his A N", "her N", "NAME",
+        "their N and the N"],
+    VP=["V NP", "V the N ADV", "V NP in the N", "V to the N", "V the A N for NP", "V past the N near NP"],
+    N="""captain letter sister sea window doctor horse street candle story river winter question lamp
         stranger bridge village carriage teacher ship clock mountain room door table evening road dog fire
         garden kitchen office island whale hat merchant piano soldier farmer mirror forest voice""".split(),
-    "A": """quiet dark heavy famous narrow silver cold broken pleasant curious yellow tired foolish distant
+    A="""quiet dark heavy famous narrow silver cold broken pleasant curious yellow tired foolish distant
         proud strange gentle wooden empty sudden white green""".split(),
-    "V": """watched followed remembered sold painted crossed answered carried found opened forgot praised
+    V="""watched followed remembered sold painted crossed answered carried found opened forgot praised
         feared noticed visited brought left took went moved walked wrote turned""".split(),
-    "ADV": ["slowly", "again", "at once", "with great care", "in silence", "without a word", "for many years",
-            "upstairs"],
-    "TIME": ["late", "early in spring", "nearly midnight", "a bright day", "the hour"],
-    "NEVER": ["must", "should", "will", "may not", "could"],
-    "NAME": "Arthur Helen Thomas Clara Edward Ruth Oliver Alice Henry Mary John the-captain Mrs-Bennet"
-            .split(),
-}
+    ADV=["slowly", "again", "at once", "with great care", "in silence", "without a word", "for many years",
+         "upstairs"],
+    TIME=["late", "early in spring", "nearly midnight", "a bright day", "the hour"],
+    NEVER=["must", "should", "will", "may not", "could"],
+    NAME="Arthur Helen Thomas Clara Edward Ruth Oliver Alice Henry Mary John the-captain Mrs-Bennet".split())
 
 
 def prose(n_sentences, seed):
@@ -129,10 +127,11 @@ class Background:
     Sentences to hide facts in: those of at least SHORTEST tokens of the given UTF-8 files, in their natural
     order. `part` says which of them: 'train' is the first 90% of each text, 'val' the rest, 'test' all of it;
     for the built-in prose these are three different texts. `change` is a function that each of them goes
-    through, from ids to ids. Errors (a missing, empty or non-text file) name the file.
+    through, from ids to ids. Of `copies` of a text copy i lacks the first i tokens of each sentence: aligned
+    sentences then end anywhere in a segment. Errors (a missing, empty or non-text file) name the file.
     """
 
-    def __init__(self, files, part, words, align=0, change=list):
+    def __init__(self, files, part, words, align=0, change=list, copies=1):
         flat = []                                                            # sentences, as lists of ids
         for file in files:
             built_in = str(file) == PROSE
@@ -143,7 +142,8 @@ class Background:
             if not built_in:
                 end = len(sentences) * 9 // 10
                 sentences = dict(train=sentences[:end], val=sentences[end:], test=sentences)[part]
-            long = [words.pad(change(s), align) for s in sentences if len(s) >= SHORTEST]
+            long = [words.pad(change(s[i:]), align)
+                    for i in range(copies) for s in sentences if len(s) >= SHORTEST]
             if not long:
                 raise ValueError(f"{file}: no sentence of {SHORTEST - 1} or more words for its {part} part")
             flat += long
@@ -227,7 +227,8 @@ class InText:
         """The Background to train with (part "train") or to evaluate in ("eval")."""
         if part == "train":
             change = self.disguise() if self.decoys else list
-            return Background(self.files, "train", self.words, align, change)
+            copies = min(max(1, align), SHORTEST)
+            return Background(self.files, "train", self.words, align, change, copies)
         return Background(self.eval_files, self.where["split"], self.words, align)
 
     def check(self, config, training=True):

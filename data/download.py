@@ -16,8 +16,10 @@ import hashlib
 import http.client
 import io
 import re
+import shutil
 import tarfile
 import urllib.request
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,21 +43,17 @@ TEXTS = {         # number at Project Gutenberg, title, bytes of our copy withou
 
 def fetch(url):
     """The bytes at a url, with a bar. ValueError if they cannot be had, or not all of them."""
-    content, request = bytearray(), urllib.request.Request(url, headers={"User-Agent": "armt/1.0"})
+    content, request = io.BytesIO(), urllib.request.Request(url, headers={"User-Agent": "armt/1.0"})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             total = int(answer.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, desc=Path(url).name, unit="B", unit_scale=True,
-                      leave=False) as bar:
-                while block := answer.read(1 << 16):
-                    content += block
-                    bar.update(len(block))
+            with tqdm.wrapattr(answer, "read", total or None, desc=Path(url).name, leave=False) as stream:
+                shutil.copyfileobj(stream, content)
     except (OSError, http.client.HTTPException) as e:           # no network, a broken line
         raise ValueError(f"{url}: {e}; is there a network? The same command continues") from None
-    if len(content) < total:
-        raise ValueError(f"{url}: broke off after {len(content):,} of {total:,} bytes; the same command "
-                         f"continues")
-    return bytes(content)
+    if (got := content.tell()) < total:
+        raise ValueError(f"{url}: broke off after {got:,} of {total:,} bytes; the same command continues")
+    return content.getvalue()
 
 
 def unpack(archive, wanted, folder):
@@ -67,7 +65,7 @@ def unpack(archive, wanted, folder):
                 name = "/".join(Path(member.name).parts[-2:])
                 if member.isfile() and name in wanted:
                     found[name] = tar.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as e:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
         raise ValueError(f"bAbI's archive is not whole ({e}); the same command fetches it again") from None
     for name, digest in wanted.items():
         if hashlib.sha256(found.get(name, b"")).hexdigest() != digest:

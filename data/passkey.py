@@ -42,9 +42,8 @@ class PassKey(InText):
     def statement(self, key, false=False):
         """What states a key, as ids: 23 tokens for a true one."""
         key = " ".join(map(str, key))
-        text = f"A false key is {key}. Forget it." if false else \
-            f"The pass key is {key}. Remember it. {key} is the pass key."
-        return self.words.encode(text)
+        return self.words.encode(f"A false key is {key}. Forget it." if false else
+                                 f"The pass key is {key}. Remember it. {key} is the pass key.")
 
     def context(self, rng, n_tokens, text):
         """One context as a list of arrays, and its key as ids (5,)."""

@@ -18,7 +18,6 @@ from pathlib import Path
 TOP = Path(__file__).parent.parent
 sys.path.insert(0, str(TOP))
 import torch                                                              # noqa: E402
-from torch.nn import functional as F                                      # noqa: E402
 from tqdm import tqdm                                                     # noqa: E402
 
 from armt import GPT, MEMORIES, GPTConfig, state_floats                   # noqa: E402
@@ -122,7 +121,7 @@ class Authors(torch.nn.Module):
                 memory[layer] = A + torch.einsum("bmd,bmc->bmdc", k, beta * v).sum(1), z + (gamma * k).sum(1)
             logits.append(model.lm_head(model.memory.ln_f(x)[:, :segment.size(1)]))
         logits = torch.cat(logits, dim=1)
-        return logits, None if targets is None else F.cross_entropy(
+        return logits, None if targets is None else torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
@@ -166,14 +165,12 @@ def words(lengths):
             code = ("import resource, sys, time; sys.argv = ['sample.py']; import sample; t = time.time(); "
                     f"sample.main(['--read', {file.name!r}, '--ask', 'Where is Mary?', '--json']); "
                     "print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
-            out = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True,
-                                 check=True).stdout
-        seconds, peak = map(float, out.split("\n")[1].split())
+            out = subprocess.check_output([sys.executable, "-c", code], cwd=TOP, stderr=subprocess.PIPE)
+        seconds, peak = map(float, out.splitlines()[1].split())
         print(f"{n:<12,}{1e6 * seconds / n:18.1f}{peak:13,.0f}")
 
 
-def main():
-    """The program."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python results/cost.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
@@ -192,7 +189,3 @@ def main():
             words(args.words)
         else:
             costs(args.size, device)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,6 @@ from data.files import one_line_errors                                    # noqa
 from results.table import read_runs                                       # noqa: E402
 
 try:
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ImportError:
     message = "figures need matplotlib: pip install matplotlib"
@@ -34,7 +32,7 @@ PAPER = dict(
     qa4=((100, 0), (99, 0), (100, 0), (100, 0), (100.0, 0.1), (99.8, 0.3), (91.5, 1.7)),
     qa5=((100, 0), (99, 0), (98, 0), (98, 0), (98.7, 0.4), (97.3, 0.6), (80.9, 7.6)))
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100,
-                     "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "armt"})
+                     "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "armt", "backend": "agg"})
 
 
 def look(memory, **other):
@@ -43,14 +41,10 @@ def look(memory, **other):
     return dict(color=colour, linestyle=dashes, marker=marker, label=memory) | other
 
 
-def by_length(runs):
-    """{length: [accuracy in per cent of each seed]}"""
-    found = {}
-    for run in runs:
-        for row in run["eval"]:
-            if row["accuracy"] is not None:
-                found.setdefault(row["cell"]["length"], []).append(100 * row["accuracy"])
-    return dict(sorted(found.items()))
+def accuracies(runs, **cell):
+    """[(length, accuracy in per cent)] of eval rows with questions, and with these values in their cell."""
+    return [(row["cell"]["length"], 100 * row["accuracy"]) for run in runs for row in run["eval"]
+            if row["accuracy"] is not None and cell.items() <= row["cell"].items()]
 
 
 def groups(folder, task=None):
@@ -61,12 +55,12 @@ def groups(folder, task=None):
     return found
 
 
-def line(axis, cells, **style):
-    """Mean over seeds, and from the worst to the best seed as a shade."""
-    x = [max(n, 0.5) for n in cells]
-    axis.fill_between(x, [min(v) for v in cells.values()], [max(v) for v in cells.values()],
-                      color=style["color"], alpha=0.12)
-    axis.plot(x, [statistics.mean(v) for v in cells.values()], **style)
+def line(axis, points, **style):
+    """Mean over seeds, and from the worst to the best seed as a shade. `points` are (x, y) of each seed."""
+    x = sorted({max(n, 0.5) for n, _ in points})
+    seeds = [[y for n, y in points if max(n, 0.5) == at] for at in x]
+    axis.fill_between(x, list(map(min, seeds)), list(map(max, seeds)), color=style["color"], alpha=0.12)
+    axis.plot(x, list(map(statistics.mean, seeds)), **style)
 
 
 def save(figure, file):
@@ -83,10 +77,10 @@ def pairs():
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.8), sharey=True)
     for axis, (task, title, limits, ticks, own) in zip(axes, panels):
         for runs in groups(HERE / "compare", task).values():
-            line(axis, by_length(runs), **look(runs[0]["config"]["memory"]))
+            line(axis, accuracies(runs), **look(runs[0]["config"]["memory"]))
         for folder in own:
             (runs,), memory = groups(HERE / folder).values(), folder.partition("/")[0]
-            line(axis, by_length(runs), **look(memory, linestyle=DOTTED, label=f"{memory}, own recipe"))
+            line(axis, accuracies(runs), **look(memory, linestyle=DOTTED, label=f"{memory}, own recipe"))
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
@@ -107,10 +101,8 @@ def words():
     found = {folder: groups(HERE / folder) for folder, *_ in shown}
     for axis, part in zip(axes, PAPER):
         for folder, memory, tokens, style in shown:
-            kept = [dict(eval=[row for row in run["eval"] if row["cell"]["part"] == part
-                               and row["cell"].get("segment_len", 8) == tokens])
-                    for run in found[folder][f"babilong-{memory}"]]
-            line(axis, by_length(kept), **look(memory, **style))
+            kept = accuracies(found[folder][f"babilong-{memory}"], part=part, segment_len=tokens)
+            line(axis, kept, **look(memory, **style))
         mean, spread = zip(*PAPER[part])
         axis.errorbar([max(n, 0.5) for n in LENGTHS[:len(mean)]], mean, spread, color="#555555", marker="s",
                       linestyle=":", capsize=3, label="paper: ARMT of 137M, cut anywhere")
@@ -133,11 +125,9 @@ def forget():
     rows = [json.loads(text) for text in (HERE / "forget" / "read.jsonl").read_text().splitlines()]
     for axis, field, scale in zip(axes, ("accuracy", "moved"), (100, 1)):
         for kind, (label, colour, dashes, marker) in kinds.items():
-            cells = {}
-            for row in rows:
-                if (row["rule"], row["ablate"], row["gate"], row["price"]) == kind:
-                    cells.setdefault(row["segments"], []).append(scale * row[field])
-            line(axis, cells, color=colour, linestyle=dashes, marker=marker, markersize=5, label=label)
+            kept = [(row["segments"], scale * row[field]) for row in rows
+                    if (row["rule"], row["ablate"], row["gate"], row["price"]) == kind]
+            line(axis, kept, color=colour, linestyle=dashes, marker=marker, markersize=5, label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks([0.5, 16, 256, 4096, 16384], ["0", "16", "256", "4k", "16k"])
         axis.minorticks_off()
@@ -172,17 +162,16 @@ def capacity():
         for runs in groups(HERE / folder, "remember").values():
             memory = runs[0]["config"]["memory"]
             # appendix B of ARMT: n (16 a - 1) / 15 of n pairs; what is not stored is guessed among 16 values
-            cells = {n: [n * max(0, 16 * a / 100 - 1) / 15 for a in values]
-                     for n, values in by_length(runs).items()}
+            stored = [(n, n * max(0, 16 * a / 100 - 1) / 15) for n, a in accuracies(runs)]
             style = look(memory, label=None if memory in shown else memory)
             if folder.endswith("own"):
                 style["linestyle"] = DOTTED
             shown.add(memory)
             if folder != "armt/order":
-                line(axes[0], cells, **style)
+                line(axes[0], stored, **style)
             if memory not in ("none", "full"):
-                axes[1].plot([runs[0]["final"]["state_floats"]],
-                             [max(statistics.mean(v) for v in cells.values())], **style | dict(linestyle=""))
+                most = max(statistics.mean(y for n, y in stored if n == at) for at, _ in stored)
+                axes[1].plot([runs[0]["final"]["state_floats"]], [most], **style | dict(linestyle=""))
     axes[0].plot([2, 256], [2, 256], color="#bbbbbb", linewidth=1)
     for axis, label in zip(axes, ("pairs shown (dotted: own recipe)", "floats carried")):
         axis.set_xscale("log", base=2 if axis is axes[0] else 10)
@@ -213,18 +202,17 @@ def page(memory):
             else:
                 kind, _, words = name.partition(f"-{memory}")
                 label = f"{kind.partition('-')[2]}{words.replace('-', ' ')}".strip() or "nothing left out"
-                style = dict(color=matplotlib.colormaps["viridis"](i / len(found)), marker="osD^vP"[i % 6],
+                style = dict(color=plt.get_cmap("viridis")(i / len(found)), marker="osD^vP"[i % 6],
                              linestyle=("-", "--", "-.", ":")[i % 4], label=label)
-            line(axis, by_length(runs), **style)
-        lengths = sorted(by_length(sum(found.values(), [])))
+            line(axis, accuracies(runs), **style)
+        lengths = sorted({length for runs in found.values() for length, _ in accuracies(runs)})
         axis.set_xscale("log", base=2)
         axis.set_xticks([max(n, 0.5) for n in lengths],
                         [n if n not in (64, 128) or n == lengths[-1] else "" for n in lengths], fontsize=8)
         axis.minorticks_off()
-        task = runs[0]["config"]["task"]
         axis.set(title=folder.name, ylim=(-2, 103),
                  xlabel=dict(remember="pairs", rewrite="updates", qa1="words",
-                             babilong="words (mean and range of tasks)").get(task, "segments"))
+                             babilong="words (mean and range of tasks)").get(config["task"], "segments"))
         axis.legend(fontsize=8, loc="best" if several else "lower left")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")

@@ -38,8 +38,7 @@ def as_text(run):
             f' "eval": {part(run["eval"])},\n "curve": {part(thin(run["curve"]))}}}\n')
 
 
-def main():
-    """The program."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python results/publish.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
@@ -65,7 +64,3 @@ def main():
                     raise ValueError(f"{path} holds another run; move it away first")
                 write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
                 print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ Print the rows of runs as tables: mean and standard deviation over seeds, one li
 """
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -55,7 +54,7 @@ def interval(rows):
     if not n:
         return "-"
     z, share = 1.96, sum(row["n"] * row["accuracy"] for row in rows if row["n"]) / n
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle, spread = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (100 * edge / (1 + z * z / n) for edge in (middle - spread, middle + spread))
     return f"{max(0, low):.1f}-{high:.1f}"                                    # not -0.0, by rounding
 
@@ -96,8 +95,7 @@ def tables(runs):
             final = [run["final"] for run in mine]
             label = f"{name} {kind.get('part', '')}" + "".join(f" {k} {kind.get(k)}" for k in differ)
             stuck = [f["stage"] for f in final if not f["learned"]]
-            unlike = [k for k, value in mine[0]["config"].items()
-                      if k not in (*FREE, "seed")
+            unlike = [k for k, value in mine[0]["config"].items() if k not in (*FREE, "seed")
                       and any(run["config"].get(k, value) != value for run in mine)]
             floats = "grows" if mine[0]["config"]["memory"] == "full" else f"{final[0]['state_floats']:,}"
             lines.append([label, str(len(mine)), f"{final[0]['parameters']:,}", floats,
@@ -117,8 +115,7 @@ def tables(runs):
     return out
 
 
-def main():
-    """The program."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python results/table.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="folders of runs, or of published results")
@@ -128,7 +125,3 @@ def main():
         runs = [(f"{folder}/{name}" if len(folders) > 1 else name, run)          # two may have one name
                 for folder in folders.values() for name, run in read_runs(folder)]
         print("\n".join(tables(runs)))
-
-
-if __name__ == "__main__":
-    main()

@@ -76,8 +76,7 @@ def print_table(file):
             raise ValueError(f"{file}: {' '.join(kind)} ends before {points[-1]:,} segments")
         moved, wrote = (statistics.median(row[x] for row in at[points[-1]]) for x in ("moved", "wrote"))
         print(f"{kind[0]:11}{kind[1]:9}{kind[2]:13}{kind[3]:>5}{len(at[0]):7}"
-              + "".join(mean_of(at[n]).rjust(13) for n in points)
-              + f"{moved:9.2g}{100 * wrote:8.1f}%")
+              + "".join(mean_of(at[n]).rjust(13) for n in points) + f"{moved:9.2g}{100 * wrote:8.1f}%")
 
 
 if __name__ == "__main__":
