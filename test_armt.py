@@ -1359,6 +1359,9 @@ def test_telling_in_two_calls_equals_telling_in_one_and_asking_changes_nothing(a
     two.tell(text[:end])
     two.ask("Where is Mary?")
     two.tell(text[end:])
+    (qa / "half.txt").write_bytes(b"Mary left. " + b" " * (1 << 17) + b"\xff")
+    with pytest.raises(ValueError, match="half.txt is not UTF-8"):
+        three.read(qa / "half.txt")                                        # none of it was read
     three.read(qa / "book.txt")
     for other in (two, three):
         assert one.words_read == other.words_read == WORDS.count(WORDS.encode(text))
