@@ -94,6 +94,11 @@ def split_heads(x, n_head):
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
 
 
+def merge_heads(y):
+    """(B, H, T, d) -> (B, T, C)"""
+    return y.transpose(1, 2).flatten(2)
+
+
 class CausalSelfAttention(nn.Module):
     """Each token looks at itself and at those before it, in its segment and in a cache of the past."""
 
@@ -110,7 +115,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, mask):
         """q (B, H, T, d), k and v (B, H, S, d), mask bool (T, S), or None for a causal one -> y (B, T, C)"""
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).flatten(2))                          # heads side by side
+        return self.c_proj(merge_heads(y))
 
     def forward(self, x, past=None, mask=None):
         """
@@ -283,7 +288,9 @@ class RMT(Layered):
 
     def transform(self, mem, x, *write):
         """[mem; x; write], or [mem; x] for a question, through all layers: the same shape after ln_f"""
-        M, x, mask = mem.size(1), torch.cat((mem, x, *write), dim=1), None
+        M = mem.size(1)
+        x = torch.cat((mem, x, *write), dim=1)
+        mask = None
         if "one_way" not in self.blocks[0].ablate:
             mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
             mask[:M, :M] = True
@@ -370,7 +377,7 @@ class ARMTBlock(Block):
         vbar, overlap = self.lookup(k, A, z)                                      # (B, M, C) (B, M, 1)
         if "no_delta" not in self.ablate:
             v = v - vbar
-        # without gradient into A itself, GPT.forward's own copy; but a CUDA graph could not capture that
+        # without gradient A, GPT.forward's own copy, is written in place; a CUDA graph cannot capture that
         in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
         A = add(A, k.mT, beta * v)                                                # (B, D, C)
@@ -523,7 +530,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, m):
         """x (B, R, C), m (B, S, C) -> (B, R, C)"""
         q, k, v = (split_heads(h, self.n_head) for h in (self.W_Q(x), self.W_K(m), self.W_V(m)))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
 class Gate(nn.Module):

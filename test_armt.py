@@ -880,6 +880,8 @@ def test_words_of_bAbI_have_ids_that_are_fixed_for_good_and_any_other_falls_into
     assert min(ids) >= OWN_WORDS and max(ids) < WORDS.size == OWN_WORDS + 1024 and len(ids) > 900
     assert WORDS.id("captain") == WORDS.id("CAPTAIN") and WORDS.name(WORDS.id("captain")) == "(another word)"
     assert WORDS.unknown("Mary saw the whale. Ahab saw the milk!") == ["saw", "whale", "Ahab"]
+    stories = [story for task in babi.TASKS for story in babi.simulate(random.Random(0), task, 50)]
+    assert not [line for story in stories for line in story if WORDS.unknown(line.text + (line.answer or ""))]
 
 
 @pytest.fixture
@@ -927,6 +929,7 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, a
         starts = [at for at, piece in zip(begin, context) if 3 < piece[0] < OWN_WORDS]
         assert [piece.tolist() for piece in context if 3 < piece[0] < OWN_WORDS] == facts
         assert words.count(ids) == max(length, OWN)
+        assert all(np.shares_memory(piece, text.ids) for piece in context if piece[0] >= OWN_WORDS)
         # the rest is the text from some sentence on, round and round, so no passage is read twice before all
         # are read once; facts stand between sentences
         inked = np.concatenate([(piece > 0) & (piece[0] >= OWN_WORDS) for piece in context])
@@ -945,7 +948,7 @@ def test_a_composed_sample_has_its_facts_in_order_and_the_exact_length(length, a
         assert np.std(places) == pytest.approx(1 / 12 ** 0.5, abs=0.05) and len(entered) > 20
 
 
-def test_five_million_words_are_composed_and_cut_in_a_few_megabytes():
+def test_a_million_words_of_a_long_enough_text_contain_no_passage_twice_and_fit_into_a_few_megabytes():
     prose = babilong.Background([babilong.PROSE], "train", WORDS)
     tracemalloc.start()
     context = babilong.compose(generator(0, "train"), FACTS, 5_000_000, prose)
@@ -953,6 +956,10 @@ def test_five_million_words_are_composed_and_cut_in_a_few_megabytes():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n_words == 5_000_000 and peak < 5e6
+    for seed in range(20):                       # entered anywhere, and all of it is read before any is again
+        runs = prose.runs(generator(seed, "train"), int(prose.n_words[-1]))
+        read = [i for first, last, _ in runs for i in range(first, last)]
+        assert sorted(read) == list(range(len(prose.begin) - 1))
 
 
 def test_a_sentence_that_looks_like_a_fact_is_none(library):
@@ -1033,8 +1040,12 @@ def test_an_evaluation_asks_what_the_files_ask_in_another_book(task, align, libr
             assert spoken(ids, ".") == asked.facts
 
 
-STATED = re.compile(r"the pass key is (\d( \d){4}) \. remember it \. \1 is the pass key \."
-                    r"|a false key is \d( \d){4} \. forget it \.")             # group 1: a true key
+def told_keys(text):
+    """All keys stated in a text: [(where its sentence starts, digits, is it true)]."""
+    five = r"(\d \d \d \d \d)"
+    stated = (rf"the pass key is {five} \. remember it \. \1 is the pass key \."
+              rf"|a false key is {five} \. forget it \.")
+    return [(m.start(), m[1] or m[2], m[1] is not None) for m in re.finditer(stated, text)]
 
 
 @pytest.mark.parametrize("task", passkey.KINDS)
@@ -1045,20 +1056,20 @@ def test_a_pass_key_is_stated_as_its_kind_says_in_exactly_the_tokens_asked_for(t
     for question in questions:
         ids = np.concatenate(question.context)
         assert {i for i in ids.tolist() if i >= len(made.words.names)} <= unseen
-        told, answer = [*STATED.finditer(made.show(ids))], made.show(question.answer)
-        true = [key[1] for key in told if key[1]]
+        told, answer = told_keys(made.show(ids)), made.show(question.answer)
+        true = [digits for _, digits, is_true in told if is_true]
         assert len(ids) == 4 * 32 and len(told) == {"passkey-decoys": 4, "passkey-rewritten": 3}.get(task, 1)
-        assert told[0][1] and answer == true[-1 if task == "passkey-rewritten" else 0]
-        starts.add(told[0].start())
+        assert told[0][2] and answer == true[-1 if task == "passkey-rewritten" else 0]
+        starts.add(told[0][0])
         keys.add(answer)
     assert left_out == 0 and len(keys) > 50 and (starts == {0}) == (task == "passkey")
     batch = made.batch(generator(0, "train", 0), 5, (6,))
     assert batch.context.shape[2] == 32 and batch.answers.shape == (5, 1, 5)
     for context, answer in zip(batch.context, batch.answers[:, 0]):
-        assert made.show(answer) in [key[1] for key in STATED.finditer(made.show(context.ravel()))]
+        assert made.show(answer) in [digits for _, digits, _ in told_keys(made.show(context.ravel()))]
 
 
-def test_each_digit_of_an_answer_is_asked_after_the_correct_ones():
+def test_an_answer_of_five_digits_asked_after_correct_ones_tells_the_same_as_letting_the_model_write_it():
     made = task_of(task="passkey", segment_len=32)
     model = tiny("fam", vocab_size=made.vocab_size, segment_len=32)
     questions, _ = made.questions(dict(length=2, n=5))
@@ -1067,6 +1078,12 @@ def test_each_digit_of_an_answer_is_asked_after_the_correct_ones():
         right = [*question.question, *question.answer[:-1]]
         assert said == [model(torch.tensor(right[:n])[None], state=state)[0].argmax().item()
                         for n in range(10, 15)]
+        asked, answer = torch.tensor([question.question]), torch.tensor([question.answer])
+        logits, loss = train.ask(model, asked, answer, state)
+        assert_close(loss, nn.functional.cross_entropy(logits[0], answer[0]))
+        written = model.generate(torch.tensor(question.question)[None], 5, state, temperature=0)
+        question = question._replace(answer=written[0, 10:].tolist())
+        assert train.answer(model, [question], "cpu", tqdm(disable=True)) == [question.answer]
 
 
 # --- 3. train.py: flags, folders, stopping and continuing ---------------------------------------------------
@@ -1223,11 +1240,12 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
     assert "holds no run" in fails(capsys, f"{FAST} --stages 2 --out_dir {tmp_path}")
 
 
-def test_a_loss_that_is_not_a_number_ends_a_run_with_the_flag_to_change_and_others_go_on(tmp_path, capsys):
-    said = fails(capsys, f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2 --lr 100,0.001 "
-                         f"--out_dir {tmp_path}")
-    out = capsys.readouterr().out
-    assert "1 of 2" in said and "--lr" in out and "in stage 2" in out
+def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
+    command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2"
+    said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
+    assert "--lr" in said and "step" in said and "stage 2" in said
+    said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
+    assert "1 of 2" in said and "--lr" in capsys.readouterr().out
     assert rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
 
 
@@ -1295,7 +1313,16 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, capsys):
     assert "torchrun" in fails(capsys, f"{FAST} --seed 0,1 --out_dir {tmp_path}")
 
 
-def test_segments_of_all_lengths_are_compiled_and_learn_what_usual_ones_learn(tmp_path, monkeypatch):
+def test_a_compiled_run_learns_what_the_usual_one_learns(tmp_path, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend="aot_eager", **how))
+    for flag in "01":
+        run(f"{FAST} --stages 2 --segment_len 4 --learned 0 --eval_lengths 3 --compile {flag} "
+            f"--out_dir {tmp_path / flag}")
+    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
+
+
+def test_segments_of_all_lengths_of_a_curriculum_are_compiled(tmp_path, monkeypatch):
     """Torch keeps eight versions of a function if it is not told otherwise, and then runs it uncompiled."""
     compiler, compiled = torch.compile, []
 
@@ -1303,11 +1330,9 @@ def test_segments_of_all_lengths_are_compiled_and_learn_what_usual_ones_learn(tm
         compiled.extend(x.shape for x in inputs)
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
-    for flag in "01":
-        run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
-            f"--eval_lengths 0 --compile {flag} --out_dir {tmp_path / flag}")
+    run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
+        f"--eval_lengths 0 --compile 1 --out_dir {tmp_path}")
     assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= {*map(tuple, compiled)}
-    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
 
 
 # --- 4. sample.py: a memory that is told, reads, and is asked -----------------------------------------------
@@ -1380,11 +1405,13 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
         said.append([json.loads(x) for x in capsys.readouterr().out.splitlines()])
     assert said[0] == said[2] and len(said[0]) == 2 and said[1] == []
     assert "good.pt" in fails(capsys, f"sample --json --load_state {good} {ask}")         # of another model
-    saved = torch.load(good, weights_only=True)
-    state, tail, words_read = saved["memory"]
-    for memory in ((), ((), tail, words_read), (state, "tail", words_read), (state, tail, words_read + 1),
-                   (armt.state_map(torch.neg, state), tail, words_read)):
-        torch.save(saved | dict(memory=memory), qa / "bad.pt")
+    good = torch.load(good, weights_only=True)
+    state, tail, words_read = good["memory"]
+    for change in (dict(seal="x"), dict(memory=()), dict(memory=((), tail, words_read)),
+                   dict(memory=(state, tail, words_read + 1)), dict(memory=(state, "tail", words_read)),
+                   *(dict(memory=(armt.state_map(f, state), tail, words_read))
+                     for f in (lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
+        torch.save(good | change, qa / "bad.pt")
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
     for flag, named in ((f"--read {qa / 'binary.txt'}", "binary.txt"),

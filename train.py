@@ -139,8 +139,9 @@ def grid(like, runs):
         if like and Task is not find(base["task"])[0]:
             raise ValueError(f"--task: the settings of {like} are for {base['task']}; leave --like out")
         c = Config(**{**settings, **base, "vocab": [], "out_dir": "", **chosen})
-        for name in set(OPTIONAL) - {*chosen, *getattr(MEMORIES.get(c.memory), "options", ())}:
-            setattr(c, name, None)                              # a task, or --like, has it for another memory
+        options = getattr(MEMORIES.get(c.memory), "options", {})
+        for name in set(OPTIONAL) - {*chosen, *options}:        # a task, or --like, has it for another memory
+            setattr(c, name, None)
         words = "task", "memory", "ablate"
         shown = chosen if like else dict(task=c.task, memory=c.memory) | chosen
         name = [like.resolve().name.removesuffix(".json").rsplit("-seed", 1)[0]] if like else []
@@ -365,7 +366,7 @@ def train(c, model, task, device, optimizers, p):
     names, stages, parts = c.stages.split(","), numbers("stages", c.stages), task.rows
     batch_loss, pressed, stop, saved = BatchLoss(model, device), [], 0, 0.0
     if WORLD > 1:
-        batch_loss = torch.nn.parallel.DistributedDataParallel(
+        batch_loss = torch.nn.parallel.DistributedDataParallel(      # rmt's first memory may have no gradient
             batch_loss, find_unused_parameters="stop_gradient" in c.ablate)
     handler = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if pressed else pressed.append(1))
     bar = tqdm(initial=p["step"], desc=Path(c.out_dir).name, unit="step", dynamic_ncols=True,

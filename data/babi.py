@@ -185,7 +185,8 @@ def sentence(dice, task, event):
     if event.action == "give":
         return f"{event.who} {verb} the {event.what} to {event.to}."
     always = event.action == "get" and task in ("qa2", "qa5")
-    return f"{event.who} {verb} the {event.what}{' there' * (always or dice.random() < 0.2)}."
+    there = " there" if always or dice.random() < 0.2 else ""
+    return f"{event.who} {verb} the {event.what}{there}."
 
 
 def relations(dice):

@@ -227,7 +227,7 @@ class InText:
         """The Background to train with (part "train") or to evaluate in ("eval")."""
         if part == "train":
             change = self.disguise() if self.decoys else list
-            copies = min(max(1, align), SHORTEST)
+            copies = min(max(1, align), SHORTEST)                # each has something of every sentence
             return Background(self.files, "train", self.words, align, change, copies)
         return Background(self.eval_files, self.where["split"], self.words, align)
 
