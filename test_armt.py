@@ -1174,6 +1174,37 @@ def test_armt_learns_four_pairs_from_scratch_and_none_does_not(memory, low, high
     assert 16 < float(guess[1]) < 24 if memory.startswith("none") else guess is None
 
 
+def test_in_the_last_stage_the_price_rises_and_memories_are_passed_on_and_autocast_is_always_on(
+        tmp_path, monkeypatch):
+    steps, forward = [], train.BatchLoss.forward
+
+    def watched(self, batch, price, state):
+        out = forward(self, batch, price, state)
+        steps.append((price, state, out[-1], torch.is_autocast_enabled("cpu")))
+        return out
+    monkeypatch.setattr(train.BatchLoss, "forward", watched)
+    run(f"{FAST} --stages 2,3 --learned 0 --price 0.6 --pass_state 1 --dtype bfloat16 --eval_lengths 2 "
+        f"--out_dir {tmp_path}")
+    prices, given, left, autocast = zip(*steps)
+    assert prices == pytest.approx([0] * 25 + [0.6 * i / 12 for i in range(12)]) and all(autocast)
+    assert given[:25] == (None,) * 25
+    assert_close(given[25:], left[24:-1], 0)
+
+
+def test_a_stage_is_learned_when_the_worst_part_of_the_task_is(tmp_path, monkeypatch, capsys):
+    forward = train.BatchLoss.forward
+
+    def only_qa1(self, *given):                                  # rows of qa1 and qa4 take turns
+        loss, written, row, correct, state = forward(self, *given)
+        return loss, written, row, row % 2 == 0, state
+    monkeypatch.setattr(train.BatchLoss, "forward", only_qa1)
+    run(f"{FAST} --task qa1+qa4 --stages 2/0,4/0 --eval_lengths 0 --background {TOP}/README.md "
+        f"--out_dir {tmp_path}")
+    assert "stage 2/0 was not learned" in capsys.readouterr().out
+    *_, last = rows_of(tmp_path, "train")
+    assert last["step"] == 30 and last["accuracy"] == dict(qa1=1, qa4=0)
+
+
 @pytest.mark.parametrize("extra", [
     "--muon_lr 0", "--memory fam --window 1 --pass_state 0.5",
     f"--task qa2+qa4 --stages 2/0,4/40 --price 0.1 --pass_state 0.5 --background {TOP}/README.md"])
