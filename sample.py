@@ -229,11 +229,11 @@ def converse(reader):
                 reader.read(line[5:].strip())
                 print(f"read {reader.words_read - before:,} words in {time.time() - began:.1f} s")
             elif line.endswith((".", "?")):
-                told, stop, question = line.rpartition(".")
+                told, stop, asked = line.rpartition(".")
                 reader.warn(told)
                 reader.tell(told + stop)
-                if question:
-                    reply(reader, question.strip(), as_json=False)
+                for question in asked.split("?")[:-1]:
+                    reply(reader, question.strip() + "?", as_json=False)
             elif line:
                 print(HELP)
         except (ValueError, OSError) as e:
