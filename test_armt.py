@@ -1458,7 +1458,8 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
 
 def test_a_conversation_says_what_it_does_not_know_and_shows_what_was_written(qa, capsys, monkeypatch):
     lines = iter(["Napoleon went to the kitchen.", "Where is Mary?", f"read {qa / 'book.txt'}",
-                  "Mary left. Where is John? Where is the milk?", "read nowhere.txt", "forget", "hm", "Where is ?", "quit"])
+                  "Mary left. Where is John? Where is the milk?", "read nowhere.txt", "forget", "hm",
+                  "Where is ?", "quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     run(f"sample --out_dir {qa / 'run'}")
     out, err = capsys.readouterr()
