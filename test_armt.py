@@ -1274,9 +1274,10 @@ def test_results_are_never_overwritten_and_a_folder_has_one_process(tmp_path, ca
 def test_a_loss_that_is_not_a_number_ends_the_run_with_the_flag_to_change(tmp_path, capsys):
     command = f"{FAST} --muon_lr 0 --stages 2 --last_steps 100 --eval_lengths 2"
     said = fails(capsys, f"{command} --lr 100 --out_dir {tmp_path / 'one'}")
-    assert "--lr" in said and "step" in said and "stage 2" in said
+    assert "--lr" in said and "step" in said and "in stage 2" in said
     said = fails(capsys, f"{command} --lr 100,0.001 --out_dir {tmp_path}")         # the second run goes on
-    assert "1 of 2" in said and "--lr" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 2" in said and "--lr" in out and "in stage 2" in out
     assert rows_of(tmp_path / "remember-armt-lr0.001-seed0", "final")
 
 
@@ -1361,9 +1362,11 @@ def test_segments_of_all_lengths_of_a_curriculum_are_compiled(tmp_path, monkeypa
         compiled.extend(x.shape for x in inputs)
         return graph.forward
     monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compiler(f, backend=backend, **how))
-    run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
-        f"--eval_lengths 0 --compile 1 --out_dir {tmp_path}")
+    for flag in "01":
+        run(f"{FAST} --task qa1 --segment_len 10 --align 2 --stages 2/0/4,2/0/6,2/0/8,2/0/10 --learned 0 "
+            f"--eval_lengths 0 --compile {flag} --out_dir {tmp_path / flag}")
     assert {(8, T, 16) for T in (2, 4, 6, 8, 10)} <= {*map(tuple, compiled)}
+    assert_close(*(dict(train.load(tmp_path / flag)[1].state_dict()) for flag in "01"), 1e-3)
 
 
 # --- 4. sample.py: a memory that is told, reads, and is asked -----------------------------------------------
@@ -1441,7 +1444,7 @@ def test_a_saved_memory_answers_tomorrow_and_a_damaged_or_foreign_one_is_refused
     for change in (dict(seal="x"), dict(memory=()), dict(memory=((), tail, words_read)),
                    dict(memory=(state, tail, words_read + 1)), dict(memory=(state, "tail", words_read)),
                    *(dict(memory=(armt.state_map(f, state), tail, words_read))
-                     for f in (lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
+                     for f in (torch.neg, lambda t: t * math.nan, lambda t: t[..., :-1], torch.Tensor.half))):
         torch.save(good | change, qa / "bad.pt")
         assert "bad.pt" in fails(capsys, f"{command} --load_state {qa / 'bad.pt'} {ask}")
     (qa / "binary.txt").write_bytes(bytes(range(256)))
